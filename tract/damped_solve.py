@@ -1,0 +1,86 @@
+"""A gradient times the inverse of (second moment + damping): the closed form of TrAct.
+
+Pure functions of tensors. Letters: g groups, m outputs, n row length, b rows.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Damping below this multiple of the float64 rounding of the trace is not representable
+# beside the second moment; it is raised to it, so that the factorisation always exists.
+_ROUNDINGS_OF_TRACE = 8 * torch.finfo(torch.float64).eps
+
+
+def effective_damping(damping: float, trace: Tensor) -> Tensor:
+    """The damping that is added: ``damping`` itself unless it drowns in rounding.
+
+    lambda' = max(lambda, 8 eps tr A), with eps of float64 (2.2e-16). For standardised
+    inputs (tr A = n) lambda' differs from lambda only below 1e-12.
+
+    Args:
+        damping: lambda > 0.
+        trace: tr A per group, shape (g,), float64.
+
+    Returns:
+        float64 tensor of shape (g,).
+    """
+    return torch.clamp(trace * _ROUNDINGS_OF_TRACE, min=damping)
+
+
+def damped_solve(gradient: Tensor, moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """G (A + lambda I)^-1, for a positive semi-definite A.
+
+    Equation: the update of TrAct, arXiv 2410.23970, section 3: the plain weight gradient
+    G = dL/dz x^T is replaced by G (x x^T / b + lambda I)^-1.
+
+    Args:
+        gradient: G, shape (g, m, n).
+        moment: A = X^T X / b, shape (g, n, n), float64.
+        damping: lambda > 0.
+
+    Returns:
+        The product, shape (g, m, n), float64, and a boolean tensor (no host
+        synchronisation) that tells whether the factorisation succeeded.
+
+    Example:
+        >>> eye = torch.eye(2, dtype=torch.float64)[None]
+        >>> damped_solve(eye, 3 * eye, 1.0)[0]
+        tensor([[[0.2500, 0.0000],
+                 [0.0000, 0.2500]]], dtype=torch.float64)
+    """
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
+    damped = moment + effective_damping(damping, trace)[:, None, None] * identity
+    factor, info = torch.linalg.cholesky_ex(damped)
+    return _right_solve(gradient.to(moment.dtype), factor), (info == 0).all()
+
+
+def damped_solve_dual(gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The same product from the rows themselves, with a b x b factorisation (b < n).
+
+    Matrix inversion lemma, with X of shape (b, n):
+    G (X^T X / b + lambda I)^-1 = (G - G X^T (X X^T + b lambda I)^-1 X) / lambda.
+
+    Args:
+        gradient: G, shape (g, m, n).
+        rows: X^T, shape (g, n, b), float64.
+        damping: lambda > 0.
+
+    Returns:
+        As :func:`damped_solve`.
+    """
+    g, b = gradient.to(rows.dtype), rows.shape[-1]
+    gram = rows.mT @ rows
+    damping_ = effective_damping(damping, gram.diagonal(dim1=-2, dim2=-1).sum(-1) / b)[:, None, None]
+    identity = torch.eye(b, dtype=gram.dtype, device=gram.device)
+    factor, info = torch.linalg.cholesky_ex(gram + b * damping_ * identity)
+    explained = _right_solve(g @ rows, factor) @ rows.mT
+    return (g - explained) / damping_, (info == 0).all()
+
+
+def _right_solve(left: Tensor, factor: Tensor) -> Tensor:
+    """left (L L^T)^-1 for a lower Cholesky factor L."""
+    half = torch.linalg.solve_triangular(factor.mT, left, upper=True, left=False)
+    return torch.linalg.solve_triangular(factor, half, upper=False, left=False)

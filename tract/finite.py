@@ -1,0 +1,47 @@
+"""Notice a bad value on the device without making the host wait for it.
+
+On the CPU a check costs nothing and raises at once. On a CUDA device the answer travels
+to the host in the background; it is read when it has arrived, at a later check, so the
+error may come a step or two after the value that caused it. Until then the bad value
+shows as a non-finite weight gradient.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteError(RuntimeError):
+    """A layer met an input from which no finite update follows."""
+
+
+# (finished event, answer on the host, message); oldest first.
+_underway: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
+
+
+def require(condition: Tensor, message: str) -> None:
+    """Raise :class:`NonFiniteError` with this message if the condition is (or soon proves) false.
+
+    Args:
+        condition: a boolean tensor without dimensions, on any device.
+        message: one sentence that names the layer.
+    """
+    if condition.device.type != "cuda":
+        if not condition:
+            raise NonFiniteError(message)
+        return
+    if torch.cuda.is_current_stream_capturing():
+        return
+    answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+    answer.copy_(condition, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+    _underway.append((arrived, answer, message))
+    while _underway and _underway[0][0].query():
+        _, earlier, earlier_message = _underway.popleft()
+        if not earlier:
+            _underway.clear()
+            raise NonFiniteError(earlier_message)

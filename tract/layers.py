@@ -1,0 +1,301 @@
+"""TrAct layers: nn.Linear and nn.Conv1d/2d/3d whose weight gradient follows the pre-activations.
+
+TrAct (Petersen, Borgelt, Ermon, NeurIPS 2024, arXiv 2410.23970) replaces the weight
+gradient G = dL/dz x^T of a first layer z = W x by
+
+    G (x x^T / b + lambda I)^-1,
+
+the change of W that best realises a gradient step on the pre-activations z, with b rows in
+the batch. Forward pass, bias gradient and input gradient stay as they are, and so does the
+optimizer: it is handed this matrix as "the gradient".
+
+Here the layer's own forward and backward kernels run on P(W), where P is the identity going
+forward and multiplies by the inverse going back. Every option of the layer, autocast,
+torch.compile and channels_last therefore work as they do without TrAct.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from numbers import Real
+from typing import Literal
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from tract.distributed import world_size
+from tract.ops import (
+    PreconditionWeight,
+    PreconditionWeightDual,
+    damped_solve_op,
+    geometry_arguments,
+    mean_moment_op,
+    second_moment_op,
+)
+from tract.second_moment import Geometry
+
+DEFAULT_LAMBDA = 0.1
+Statistics = Literal["global", "local"]
+
+
+class TrActLayer(nn.Module):
+    """What all TrAct layers share; use :func:`TrAct` or one of the TrAct* classes.
+
+    Attributes:
+        lambda_: the damping lambda > 0, the method's only hyper-parameter.
+        statistics: "global" takes the second moment over all ranks of the process group,
+            "local" over this rank's rows only (no communication, an approximation).
+        label: the name used in error messages; :func:`tract.apply_tract` sets the path of
+            the layer in its model.
+    """
+
+    lambda_: float
+    statistics: Statistics
+    label: str
+
+    def _configure(self, lambda_: float | None, l: float | None, statistics: Statistics) -> None:  # noqa: E741
+        self.lambda_ = _resolve_lambda(lambda_, l)
+        if statistics not in ("global", "local"):
+            raise ValueError(f'expected statistics="global" or "local", got {statistics!r}.')
+        self.statistics = statistics
+        self.label = type(self).__name__
+        self._geometry = self._read_geometry()
+        # X^T X and b over the micro-batches of one optimizer step, inside `accumulate`.
+        self._total: Tensor | None = None
+        self._rows: Tensor | None = None
+
+    def _read_geometry(self) -> Geometry:
+        raise NotImplementedError
+
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The plain layer's output; records what the weight gradient will need."""
+        return self._plain_forward(x, self._preconditioned(x))
+
+    def _preconditioned(self, x: Tensor) -> Tensor:
+        weight, geometry = self.weight, self._geometry
+        if not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
+            return weight
+        everywhere = self.statistics == "global" and world_size() > 1
+        rows = geometry.count_rows(x)
+        arguments = geometry_arguments(geometry)
+        if self._total is not None:
+            self._total.add_(second_moment_op(x.detach(), *arguments))
+            self._rows.add_(rows)
+            return weight
+        if 0 < rows < geometry.row_length and not everywhere:
+            return PreconditionWeightDual.apply(weight, x.detach(), arguments, self.lambda_, self.label)
+        total = second_moment_op(x.detach(), *arguments)
+        moment = mean_moment_op(total, total.new_full((), rows), everywhere, self.label)
+        return PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
+
+    def begin_accumulation(self) -> Tensor | None:
+        """Gather statistics instead of applying them; returns the gradient that was there.
+
+        Use :func:`tract.accumulate`, which calls this.
+        """
+        if self._total is not None:
+            raise RuntimeError(
+                f"TrAct layer {self.label}: expected one tract.accumulate at a time, got a second inside "
+                "the first; open it once per optimizer step."
+            )
+        earlier = None if self.weight.grad is None else self.weight.grad.clone()
+        self.weight.grad = None
+        n, groups = self._geometry.row_length, self._geometry.groups
+        self._total = self.weight.new_zeros((groups, n, n), dtype=torch.float64)
+        self._rows = self._total.new_zeros(())
+        return earlier
+
+    @torch.no_grad()
+    def end_accumulation(self, earlier: Tensor | None) -> None:
+        """Turn the summed plain gradient into the TrAct gradient of all micro-batches."""
+        total, rows = self.drop_accumulation()
+        moment = mean_moment_op(total, rows, self.statistics == "global", self.label)
+        if self.weight.grad is not None:
+            self.weight.grad.copy_(damped_solve_op(self.weight.grad, moment, self.lambda_, self.label))
+        if earlier is not None:
+            self.weight.grad = earlier if self.weight.grad is None else self.weight.grad.add_(earlier)
+
+    def drop_accumulation(self) -> tuple[Tensor, Tensor]:
+        """Leave the gathering state and return (X^T X, b) of this rank."""
+        statistics = self._total, self._rows
+        self._total = self._rows = None
+        return statistics
+
+    def extra_repr(self) -> str:
+        """The plain layer's options and lambda_."""
+        return f"{super().extra_repr()}, lambda_={self.lambda_:g}"
+
+
+class TrActLinear(TrActLayer, nn.Linear):
+    """nn.Linear with the TrAct weight gradient.
+
+    Takes nn.Linear's arguments and ``lambda_`` (or ``l``, the same) and ``statistics`` by
+    keyword. Input (..., in_features): every leading position counts as one row.
+
+    Example:
+        >>> layer = TrActLinear(48, 384, lambda_=0.1)
+        >>> layer(torch.zeros(2, 64, 48)).shape
+        torch.Size([2, 64, 384])
+
+    Raises:
+        ValueError: lambda_ is not a positive finite number, or given twice.
+    """
+
+    def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
+        super().__init__(*args, **kwargs)
+        self._configure(lambda_, l, statistics)
+
+    def _read_geometry(self) -> Geometry:
+        return Geometry(self.in_features)
+
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class _TrActConv(TrActLayer):
+    def _read_geometry(self) -> Geometry:
+        return Geometry(
+            self.in_channels,
+            self.kernel_size,
+            self.stride,
+            self.dilation,
+            _padding_pairs(self.padding, self.kernel_size, self.dilation),
+            self.padding_mode,
+            self.groups,
+        )
+
+    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+
+class TrActConv1d(_TrActConv, nn.Conv1d):
+    """nn.Conv1d with the TrAct weight gradient; arguments as in :class:`TrActLinear`."""
+
+    def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
+        super().__init__(*args, **kwargs)
+        self._configure(lambda_, l, statistics)
+
+
+class TrActConv2d(_TrActConv, nn.Conv2d):
+    """nn.Conv2d with the TrAct weight gradient; arguments as in :class:`TrActLinear`."""
+
+    def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
+        super().__init__(*args, **kwargs)
+        self._configure(lambda_, l, statistics)
+
+
+class TrActConv3d(_TrActConv, nn.Conv3d):
+    """nn.Conv3d with the TrAct weight gradient; arguments as in :class:`TrActLinear`."""
+
+    def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
+        super().__init__(*args, **kwargs)
+        self._configure(lambda_, l, statistics)
+
+
+WRAPPED = {
+    nn.Linear: TrActLinear,
+    nn.Conv1d: TrActConv1d,
+    nn.Conv2d: TrActConv2d,
+    nn.Conv3d: TrActConv3d,
+}
+_OWN_STATE = ("lambda_", "statistics", "label", "_geometry", "_total", "_rows")
+
+
+def TrAct(  # noqa: N802
+    layer: nn.Module,
+    lambda_: float | None = None,
+    *,
+    l: float | None = None,  # noqa: E741
+    statistics: Statistics = "global",
+) -> TrActLayer:
+    """Wrap a layer: the same parameters, forward pass and options, with the TrAct weight gradient.
+
+    Equation: G -> G (X^T X / b + lambda I)^-1 (arXiv 2410.23970, section 3), G of shape
+    (g, m, n), X of shape (g, b, n), over the global batch. With groups, one factor per group.
+
+    Args:
+        layer: an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d.
+        lambda_: the damping, 0.1 by default.
+        l: the same as ``lambda_``, as in torch_tract.
+        statistics: "global" or "local", see :class:`TrActLayer`.
+
+    Returns:
+        A new layer (still an instance of the plain class) that shares the very same
+        Parameter objects, hooks, training flag and state-dict keys.
+
+    Raises:
+        ValueError: lambda_ is not a positive finite number, or given twice.
+        TypeError: the layer is of another type, wrapped already, lazy or parametrized.
+
+    Example:
+        >>> plain = nn.Conv2d(3, 64, 3)
+        >>> wrapped = TrAct(plain, l=0.1)
+        >>> isinstance(wrapped, nn.Conv2d), wrapped.weight is plain.weight
+        (True, True)
+    """
+    _require_wrappable(layer)
+    wrapped = _same_state(layer, WRAPPED[type(layer)])
+    wrapped._configure(lambda_, l, statistics)
+    return wrapped
+
+
+def unwrapped(layer: TrActLayer) -> nn.Module:
+    """The plain layer with the same tensors, hooks and options."""
+    plain_type = next(plain for plain, wrapped in WRAPPED.items() if wrapped is type(layer))
+    plain = _same_state(layer, plain_type)
+    for name in _OWN_STATE:
+        del plain.__dict__[name]
+    return plain
+
+
+def tract_layers(model: nn.Module) -> Iterator[TrActLayer]:
+    """All TrAct layers of a model, each once."""
+    return (module for module in model.modules() if isinstance(module, TrActLayer))
+
+
+def _same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    # The containers are copied, what they contain is not: parameters and hooks are shared.
+    twin = kind.__new__(kind)
+    for name, value in vars(layer).items():
+        twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
+    return twin
+
+
+def _require_wrappable(layer: nn.Module) -> None:
+    kind = type(layer)
+    if isinstance(layer, TrActLayer):
+        raise TypeError(f"expected a plain layer, got {kind.__name__}, which has TrAct already; wrap a layer once.")
+    if kind not in WRAPPED:
+        known = ", ".join(f"nn.{plain.__name__}" for plain in WRAPPED)
+        cure = "wrap the layer that receives the images."
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+            cure = "run one forward pass first, so that the lazy layer knows its shape."
+        elif isinstance(layer, tuple(WRAPPED)):
+            cure = "remove the parametrization or use the plain class, since a subclass may compute something else."
+        raise TypeError(f"TrAct supports {known}, got {kind.__name__}; {cure}")
+
+
+def _resolve_lambda(lambda_: float | None, l: float | None) -> float:  # noqa: E741
+    if lambda_ is not None and l is not None:
+        raise ValueError("lambda_ and l mean the same; give one of them.")
+    value = next((v for v in (lambda_, l) if v is not None), DEFAULT_LAMBDA)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"expected a number for lambda_, got {value!r}; the paper uses 0.05, 0.1 or 0.2.")
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"expected lambda_ > 0 and finite, got {value}; the paper uses 0.05, 0.1 or 0.2.")
+    return float(value)
+
+
+def _padding_pairs(padding, kernel, dilation) -> tuple[tuple[int, int], ...]:
+    if padding == "valid":
+        return tuple((0, 0) for _ in kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return tuple((total // 2, total - total // 2) for total in totals)
+    return tuple((size, size) for size in padding)

@@ -1,0 +1,42 @@
+"""TrAct as a training method: the first layer, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
+import torch.nn as nn
+
+from tract.accumulation import accumulate
+from tract.layers import Statistics, tract_layers
+from tract.methods.base import Method
+from tract.surgery import apply_tract
+
+
+class TrActMethod(Method):
+    """The weight gradient of the first layer becomes G (X^T X / b + lambda I)^-1.
+
+    Args:
+        lambda_: the damping lambda > 0.
+        layer: name of the layer, or None for the first in order of registration.
+        statistics: "global" (exact) or "local", see :class:`tract.TrActLayer`.
+    """
+
+    def __init__(self, lambda_: float, layer: str | None, statistics: Statistics):
+        self.lambda_, self.layer, self.statistics = lambda_, layer, statistics
+
+    def apply(self, model: nn.Module) -> str:
+        """Wrap the layer."""
+        name = apply_tract(model, self.lambda_, layer=self.layer, statistics=self.statistics)
+        return f"TrAct (lambda {self.lambda_:g}) on {name}: {model.get_submodule(name)}"
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager:
+        """Exact gradient of all micro-batches together."""
+        return accumulate(model)
+
+    def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
+        """Frobenius norms of the first layer's weight and of its last TrAct gradient."""
+        for layer in tract_layers(model):
+            yield "tract/weight_norm", layer.weight.detach().norm().item()
+            if layer.weight.grad is not None:
+                yield "tract/gradient_norm", layer.weight.grad.norm().item()

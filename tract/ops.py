@@ -1,0 +1,192 @@
+"""The few operations that torch.compile and autograd treat as single steps.
+
+Each wraps one pure function. As custom operators they compile without graph breaks, may
+loop over buffers and talk to other ranks, and can state that they have no derivative.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tract.damped_solve import damped_solve, damped_solve_dual
+from tract.distributed import global_mean
+from tract.finite import require
+from tract.second_moment import Geometry, second_moment, unfold
+
+_SECOND_DERIVATIVE = (
+    "TrAct has no second derivative: its weight gradient is an update direction, not the "
+    "gradient of a function; call backward without create_graph=True, or tract.unwrap(model) first."
+)
+
+
+def _geometry(
+    channels: int,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    padding_mode: str,
+    groups: int,
+) -> Geometry:
+    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
+    return Geometry(channels, tuple(kernel), tuple(stride), tuple(dilation), pairs, padding_mode, groups)
+
+
+def geometry_arguments(geometry: Geometry) -> tuple:
+    """A geometry as the plain arguments that an operator can take."""
+    flat = [size for pair in geometry.padding for size in pair]
+    return (
+        geometry.channels,
+        list(geometry.kernel),
+        list(geometry.stride),
+        list(geometry.dilation),
+        flat,
+        geometry.padding_mode,
+        geometry.groups,
+    )
+
+
+@torch.library.custom_op("tract::second_moment", mutates_args=())
+def second_moment_op(
+    x: Tensor,
+    channels: int,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    padding_mode: str,
+    groups: int,
+) -> Tensor:
+    """X^T X of one input, shape (g, n, n), float64."""
+    return second_moment(x, _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups))
+
+
+@second_moment_op.register_fake
+def _(x, channels, kernel, stride, dilation, padding, padding_mode, groups):
+    n = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups).row_length
+    return x.new_empty((groups, n, n), dtype=torch.float64)
+
+
+@torch.library.custom_op("tract::mean_moment", mutates_args=())
+def mean_moment_op(total: Tensor, rows: Tensor, everywhere: bool, layer: str) -> Tensor:
+    """A = X^T X / b over this rank or over all, shape (g, n, n), float64; finite or an error."""
+    mean = global_mean(total, rows, everywhere)
+    require(torch.isfinite(mean.sum()), _non_finite(layer))
+    return mean
+
+
+@mean_moment_op.register_fake
+def _(total, rows, everywhere, layer):
+    return torch.empty_like(total)
+
+
+@torch.library.custom_op("tract::damped_solve", mutates_args=())
+def damped_solve_op(gradient: Tensor, moment: Tensor, damping: float, layer: str) -> Tensor:
+    """G (A + lambda I)^-1 in the shape and dtype of G, a weight's gradient."""
+    groups, n, _ = moment.shape
+    product, succeeded = damped_solve(gradient.reshape(groups, -1, n), moment, damping)
+    require(succeeded, _not_factorised(layer, damping))
+    return product.to(gradient.dtype).reshape(gradient.shape)
+
+
+@damped_solve_op.register_fake
+def _(gradient, moment, damping, layer):
+    return gradient.new_empty(gradient.shape)
+
+
+@torch.library.custom_op("tract::damped_solve_dual", mutates_args=())
+def damped_solve_dual_op(
+    gradient: Tensor,
+    x: Tensor,
+    channels: int,
+    kernel: list[int],
+    stride: list[int],
+    dilation: list[int],
+    padding: list[int],
+    padding_mode: str,
+    groups: int,
+    damping: float,
+    layer: str,
+) -> Tensor:
+    """G (X^T X / b + lambda I)^-1 from the layer's input, by a b x b factorisation."""
+    geometry = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups)
+    rows = unfold(x, geometry)
+    require(torch.isfinite(rows.sum()), _non_finite(layer))
+    flat = gradient.reshape(groups, -1, geometry.row_length)
+    product, succeeded = damped_solve_dual(flat, rows, damping)
+    require(succeeded, _not_factorised(layer, damping))
+    return product.to(gradient.dtype).reshape(gradient.shape)
+
+
+@damped_solve_dual_op.register_fake
+def _(gradient, x, *geometry_damping_layer):
+    return gradient.new_empty(gradient.shape)
+
+
+def _no_second_derivative(ctx, *gradients):
+    raise RuntimeError(_SECOND_DERIVATIVE)
+
+
+damped_solve_op.register_autograd(_no_second_derivative)
+damped_solve_dual_op.register_autograd(_no_second_derivative)
+
+
+def _non_finite(layer: str) -> str:
+    return (
+        f"TrAct layer {layer}: expected finite inputs, got inf or nan; check the data and its "
+        "normalisation, and the loss of the steps before."
+    )
+
+
+def _not_factorised(layer: str, damping: float) -> str:
+    return (
+        f"TrAct layer {layer}: the second moment of its input plus lambda_={damping:g} could not be "
+        "factorised; standardise the inputs or raise lambda_."
+    )
+
+
+class PreconditionWeight(torch.autograd.Function):
+    """Identity on the weight going forward; G |-> G (A + lambda I)^-1 going back."""
+
+    @staticmethod
+    def forward(weight: Tensor, moment: Tensor, damping: float, layer: str) -> Tensor:
+        """The weight itself (a view)."""
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep the (g, n, n) second moment, nothing of the size of the input."""
+        _, moment, ctx.damping, ctx.layer = inputs
+        ctx.save_for_backward(moment)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """The preconditioned weight gradient."""
+        (moment,) = ctx.saved_tensors
+        return damped_solve_op(gradient, moment, ctx.damping, ctx.layer), None, None, None
+
+
+class PreconditionWeightDual(torch.autograd.Function):
+    """As :class:`PreconditionWeight`, for an input with fewer rows than row elements.
+
+    Keeps a reference to the input, as the layer's own backward does, and no copy.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, x: Tensor, geometry: tuple, damping: float, layer: str) -> Tensor:
+        """The weight itself (a view)."""
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep a reference to the input."""
+        _, x, ctx.geometry, ctx.damping, ctx.layer = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """The preconditioned weight gradient."""
+        (x,) = ctx.saved_tensors
+        product = damped_solve_dual_op(gradient, x, *ctx.geometry, ctx.damping, ctx.layer)
+        return product, None, None, None, None

@@ -1,0 +1,142 @@
+"""Find and replace layers in a model; loud when nothing matches."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+
+import torch
+import torch.nn as nn
+
+from tract.layers import WRAPPED, Statistics, TrAct, TrActLayer, unwrapped
+
+_log = logging.getLogger("tract")
+
+
+def apply_tract(
+    model: nn.Module,
+    lambda_: float | None = None,
+    *,
+    l: float | None = None,  # noqa: E741
+    layer: str | None = None,
+    example: torch.Tensor | None = None,
+    statistics: Statistics = "global",
+) -> str:
+    """Put TrAct on the first layer of a model, in place, and say which layer that is.
+
+    Args:
+        model: any module that contains an nn.Linear or nn.Conv1d/2d/3d.
+        lambda_: the damping; see :func:`tract.TrAct`.
+        l: the same as ``lambda_``.
+        layer: the name of the layer, as in ``model.named_modules()``. Without it the
+            first supported layer in order of registration is taken, or, with
+            ``example``, the first that a forward pass of this input reaches.
+        example: an input batch for the model, used once without gradients.
+        statistics: see :func:`tract.TrAct`.
+
+    Returns:
+        The layer's name; it is logged to the logger "tract" as well.
+
+    Raises:
+        ValueError: no such layer, none at all, or TrAct is there already.
+        TypeError: the layer cannot be wrapped; see :func:`tract.TrAct`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
+        >>> apply_tract(model, lambda_=0.1)
+        '1'
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, TrActLayer):
+            raise ValueError(
+                f"expected a plain model, got TrAct on {name!r} already; tract.unwrap(model) takes it off."
+            )
+    if layer is None:
+        layer = _first_layer(model) if example is None else _first_reached(model, example)
+    plain = _named_layer(model, layer)
+    wrapped = TrAct(plain, lambda_, l=l, statistics=statistics)
+    wrapped.label = layer
+    replace_module(model, plain, wrapped)
+    _log.info("TrAct (lambda %g) on %s: %s", wrapped.lambda_, layer, plain)
+    return layer
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Plain layers again, with the same tensors, hooks and options.
+
+    Args:
+        model: a model, changed in place, or a TrAct layer itself.
+
+    Returns:
+        The model; for a TrAct layer the plain layer.
+
+    Raises:
+        ValueError: nothing in the model has TrAct.
+    """
+    if isinstance(model, TrActLayer):
+        return unwrapped(model)
+    layers = [module for module in model.modules() if isinstance(module, TrActLayer)]
+    if not layers:
+        raise ValueError("expected a model with a TrAct layer, got none; there is nothing to unwrap.")
+    for wrapped in layers:
+        replace_module(model, wrapped, unwrapped(wrapped))
+    return model
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever the model refers to ``old``.
+
+    Raises:
+        ValueError: ``old`` is not inside the model.
+    """
+    places = [(parent, name) for parent in model.modules() for name, child in parent._modules.items() if child is old]
+    if not places:
+        raise ValueError(
+            f"expected a layer inside the model, got {old}; assign TrAct(layer) to where the layer is used."
+        )
+    for parent, name in places:
+        setattr(parent, name, new)
+
+
+def _supported(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if name and type(module) in WRAPPED}
+
+
+def _first_layer(model: nn.Module) -> str:
+    names = list(_supported(model))
+    if not names:
+        raise ValueError(
+            f"expected a model that contains one of {', '.join(k.__name__ for k in WRAPPED)}, got "
+            f"{type(model).__name__} with none; a lone layer is wrapped by TrAct(layer)."
+        )
+    return names[0]
+
+
+def _first_reached(model: nn.Module, example: torch.Tensor) -> str:
+    reached: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
+        for name, module in _supported(model).items()
+    ]
+    training = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            model.eval()(example)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in training.items():
+            module.training = mode
+    if not reached:
+        raise ValueError("expected the forward pass to reach a Linear or Conv layer, got none; give layer=NAME.")
+    return reached[0]
+
+
+def _named_layer(model: nn.Module, name: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if name and name in modules:
+        return modules[name]
+    near = difflib.get_close_matches(name, _supported(model), n=3, cutoff=0.0)
+    raise ValueError(
+        f"expected the name of a layer of {type(model).__name__}, got {name!r}; nearest: {', '.join(near)}."
+    )
