@@ -1,0 +1,1 @@
+"""Experiments of the TrAct paper: configuration, training and the scripts that start them."""

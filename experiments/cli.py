@@ -1,0 +1,148 @@
+"""The command line that all experiment scripts share."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from experiments.config import (
+    Config,
+    choices_of,
+    compose_config,
+    load_config,
+    parse_overrides,
+    parse_single,
+)
+from experiments.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, RunBusyError, TrainingFailedError, UserError
+from experiments.grid import grids, plan, relative
+
+
+def main(experiment: str, description: str, grid: str, arguments: list[str] | None = None) -> int:
+    """Run an experiment script.
+
+    Args:
+        experiment: the script's name and its file in ``conf/``.
+        description: the script's docstring, shown by --help.
+        grid: the grid that --local and --dry-run take where none is named.
+        arguments: the command line without the program's name.
+
+    Returns:
+        Exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint (or busy).
+    """
+    parser = _parser(experiment, description, grid)
+    try:
+        options, unknown = parser.parse_known_args(arguments)
+        for word in unknown:
+            raise UserError(
+                f"unknown flag {word}; the flags are --local, --submit, --dry-run, --resume RUN, --pdb, --help."
+            )
+        return _dispatch(experiment, grid, options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except RunBusyError as error:
+        print(f"busy: {error}", file=sys.stderr)
+        return EXIT_TRY_AGAIN
+    except TrainingFailedError as error:
+        print(f"failed: {error}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
+    if options.resume is not None:
+        return _run_here(_replay(options.resume, options.overrides), options.pdb)
+    overrides = parse_overrides(options.overrides)
+    if options.submit:
+        raise UserError(
+            "--submit needs the Slurm launcher, which is not part of this version yet; use --local or --dry-run."
+        )
+    if not (options.local or options.dry_run):
+        for key in ("grid", "jobs"):
+            if key in overrides:
+                raise UserError(f"{key}= chooses how a grid is run; add --local or --dry-run.")
+        return _run_here(compose_config(experiment, parse_single(options.overrides)), options.pdb)
+    from experiments.local import run_grid, show_plan
+
+    jobs = _jobs(overrides.pop("jobs", [1]))
+    name = str(overrides.pop("grid", [grid])[0])
+    configs = plan(experiment, name, overrides)
+    if options.dry_run:
+        show_plan(configs, jobs)
+        return 0
+    return run_grid(experiment, configs, jobs)
+
+
+def _run_here(config: Config, debugger: bool) -> int:
+    from experiments.training.loop import StoppedError
+    from experiments.training.run import folder_of, run
+
+    folder = relative(folder_of(config))
+    finished_before = (folder_of(config) / "result.json").exists()
+    try:
+        result = run(config)
+    except StoppedError as stop:
+        print(f"stopped ({stop}) with a checkpoint; the same command continues, or: --resume {folder}", file=sys.stderr)
+        return EXIT_TRY_AGAIN
+    except (UserError, RunBusyError):
+        raise
+    except Exception:
+        if debugger:
+            import pdb
+
+            pdb.post_mortem()
+        raise
+    figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.endswith("/top1"))
+    print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
+    return 0
+
+
+def _replay(folder: str, overrides: list[str]) -> Config:
+    """The configuration of a run folder; only ``runtime`` may be changed."""
+    config = load_config(Path(folder) / "config.yaml")
+    changes = parse_single(overrides)
+    for key, value in changes.items():
+        name = key.removeprefix("runtime.")
+        if name == key or not hasattr(config.runtime, name):
+            raise UserError(f"expected only runtime.* beside --resume, got {key}; other values make another run.")
+        setattr(config.runtime, name, value)
+    if "runtime.runs" not in changes:
+        config.runtime.runs = str(Path(folder).resolve().parents[1])
+    return config
+
+
+def _jobs(values: list) -> int:
+    if len(values) != 1 or not isinstance(values[0], int) or values[0] < 1:
+        raise UserError(f"expected jobs=N with N at least 1, got jobs={','.join(map(str, values))}.")
+    return values[0]
+
+
+def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python experiments/{experiment}.py",
+        description=description,
+        epilog=(
+            f"Groups: model={{{','.join(choices_of('model'))}}} data={{{','.join(choices_of('data'))}}} "
+            f"optim={{{','.join(choices_of('optim'))}}} schedule={{{','.join(choices_of('schedule'))}}} "
+            f"method={{{','.join(choices_of('method'))}}} debug={{{','.join(choices_of('debug'))}}}. "
+            f"Grids: {', '.join(grids(experiment))}. Every value of experiments/conf/{experiment}.yaml, and of the "
+            "dataclasses in experiments/config.py, can be given as key=value. Exit codes: 0 done, 1 failed, "
+            "2 bad input, 75 stopped with a checkpoint or busy (the same command continues)."
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="for example seed=1 method=tract method.lambda_=0.05"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--local",
+        action="store_true",
+        help=f"the whole grid here (grid={grid}; jobs=N at a time), or what KEY=A,B selects",
+    )
+    how.add_argument("--submit", action="store_true", help="the grid on a Slurm cluster")
+    how.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    how.add_argument("--resume", metavar="RUN", help="continue exactly this run folder here")
+    parser.add_argument("--pdb", action="store_true", help="open the debugger where an error happens")
+    return parser

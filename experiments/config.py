@@ -1,0 +1,343 @@
+"""From a command line to one resolved, validated configuration.
+
+Hydra composes the groups in ``conf/``; every value is then set and checked here, so that a
+misspelt key or a bad value is one sentence. The result is a :class:`Config` of plain Python
+values; nothing further in knows Hydra or OmegaConf.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import inspect
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
+from hydra.utils import get_object
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments.errors import UserError, nearest
+
+CONF = Path(__file__).parent / "conf"
+GROUPS = ("model", "data", "optim", "schedule", "method", "debug")
+
+
+class Precision(StrEnum):
+    """Number format of forward and backward passes; parameters stay float32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+@dataclass
+class Runtime:
+    """How a run is executed. Nothing here changes its result, and nothing enters its name."""
+
+    runs: str = "runs"  # where run folders are made
+    data_dir: str = "data"  # where data sets are downloaded to
+    device: str = "auto"  # auto, cpu, cuda, cuda:1
+    workers: int = 2  # loader processes, where images are not kept in memory
+    threads: int | None = None  # CPU threads per process; None leaves torch's choice
+    deterministic: bool = True  # deterministic kernels: the same bytes after any interruption
+    checkpoint_seconds: float = 300.0  # seconds between checkpoints
+    checkpoint_steps: int | None = None  # and after every so many steps
+    keep_checkpoints: int = 2
+    log_every: int = 50  # steps between points of train/*
+    deadline_minutes: float | None = None  # stop with a checkpoint before so many minutes have passed
+    progress: bool = True
+    profile: bool = False  # torch profiler over a few steps, trace in the run folder
+    anomaly: bool = False  # torch.autograd.detect_anomaly
+
+
+@dataclass
+class Config:
+    """One run, completely. Batch sizes are global: over all ranks and micro-batches."""
+
+    experiment: str = MISSING
+    seed: int = 0
+    epochs: int = MISSING
+    max_steps: int | None = None  # end (and let the schedule end) after so many steps
+    batch_size: int = MISSING
+    micro_batch: int | None = None  # most images in one forward pass of one rank; more are accumulated
+    drop_last: bool = False
+    eval_every: int = 1  # epochs; the last epoch is always evaluated
+    eval_batch_size: int = 1000
+    label_smoothing: float = 0.0
+    precision: Precision = Precision.fp32
+    channels_last: bool = False
+    compile: bool = False
+    ema_decay: float | None = None
+    clip_grad_norm: float | None = None
+    overfit_batches: int | None = None  # train on the first so many batches again and again, unaugmented
+    model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    schedule: dict[str, Any] = field(default_factory=dict)
+    method: dict[str, Any] = field(default_factory=dict)
+    recipe: dict[str, Any] = field(default_factory=dict)  # tables that values are derived from; empty once resolved
+    runtime: Runtime = field(default_factory=Runtime)
+
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+def _value_of_nearest(table: DictConfig, key: float) -> Any:
+    """The entry whose (positive, numeric) key is nearest to ``key`` in ratio."""
+    return table[min(table, key=lambda entry: abs(math.log(float(entry) / key)))]
+
+
+OmegaConf.register_new_resolver("nearest", _value_of_nearest, replace=True)
+
+
+def parse_overrides(arguments: list[str]) -> dict[str, list[Any]]:
+    """Command-line overrides as {key: list of values}; ``seed=0,1`` gives two values.
+
+    Raises:
+        UserError: not of the form key=value, or with Hydra's + or ~ (every key exists already).
+    """
+    parsed: dict[str, list[Any]] = {}
+    for text in arguments:
+        try:
+            (override,) = OverridesParser.create().parse_overrides([text])
+        except OverrideParseException:
+            raise UserError(f"expected key=value, got {text!r}; strings with special characters need quotes.") from None
+        if not text.startswith(override.key_or_group):
+            raise UserError(f"expected key=value, got {text!r}; every key exists already, so + and ~ are not needed.")
+        values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+        parsed[override.key_or_group] = [OmegaConf.create(v) if isinstance(v, dict | list) else v for v in values]
+    return parsed
+
+
+def parse_single(arguments: list[str]) -> dict[str, Any]:
+    """Overrides of one run: {key: value}.
+
+    Raises:
+        UserError: as :func:`parse_overrides`, and where a key has several values.
+    """
+    parsed = parse_overrides(arguments)
+    for key, values in parsed.items():
+        if len(values) > 1:
+            raise UserError(f"{key} has {len(values)} values, which are several runs; add --local or --dry-run.")
+    return {key: values[0] for key, values in parsed.items()}
+
+
+def compose_config(experiment: str, overrides: dict[str, Any]) -> Config:
+    """The resolved, validated configuration of one run.
+
+    Args:
+        experiment: the name of a file in ``conf/``.
+        overrides: {dotted key or group: value}.
+
+    Raises:
+        UserError: an unknown key, group or choice (with the nearest valid names) or a bad value.
+    """
+    choices = tuple((key, str(value)) for key, value in overrides.items() if key in GROUPS)
+    for group, choice in choices:
+        _require_choice(group, choice)
+    tree = copy.deepcopy(_compose_groups(experiment, choices))
+    for key, value in overrides.items():
+        if key not in GROUPS:
+            _set(tree, key, value)
+    return from_tree(tree)
+
+
+def from_tree(tree: DictConfig | dict) -> Config:
+    """A :class:`Config` from a composed tree or the content of a ``config.yaml``.
+
+    Raises:
+        UserError: unknown keys, missing or bad values.
+    """
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        for key in OmegaConf.missing_keys(merged):
+            raise UserError(f"expected a value for {key}, got none; give {key}=VALUE.")
+        OmegaConf.resolve(merged)
+        merged.recipe = {}
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {_first_line(error)}") from None
+    validate(config)
+    return config
+
+
+def load_config(path: Path) -> Config:
+    """The configuration of an existing run folder.
+
+    Raises:
+        UserError: no such file, or not a configuration.
+    """
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise UserError(
+            f"expected a run folder with a config.yaml, got {path.parent}; `ls runs/*` shows them."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(
+            f"expected YAML in {path}, got something else; delete the folder and start the run again."
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"expected a configuration in {path}, got {type(tree).__name__}; start the run again.")
+    return from_tree(tree)
+
+
+def to_tree(config: Config) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars."""
+    tree = asdict(config)
+    tree["precision"] = str(config.precision.value)
+    return tree
+
+
+def config_hash(config: Config) -> str:
+    """Eight hex digits of what decides a run's result: all but ``runtime``.
+
+    ``data.root`` counts unless it is the machine's own ``runtime.data_dir``.
+    """
+    tree = to_tree(config)
+    del tree["runtime"]
+    if tree["data"].get("root") == config.runtime.data_dir:
+        del tree["data"]["root"]
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run_name(config: Config) -> str:
+    """Readable words plus the configuration's hash: the name of the run's folder."""
+    settings = [f"{v:g}" for k, v in config.method.items() if isinstance(v, float)]
+    method = "".join([config.method["name"], *settings])
+    words = [config.data["name"], config.model["name"], config.optim["name"], f"{config.epochs}ep", method]
+    return "-".join([*words, f"s{config.seed}", config_hash(config)])
+
+
+def build(node: dict[str, Any], **given: Any) -> Any:
+    """Call the ``_target_`` of a component with its options and what the caller gives."""
+    return get_object(node["_target_"])(**options_of(node), **given)
+
+
+def options_of(node: dict[str, Any]) -> dict[str, Any]:
+    """A component's options: all but its name and target."""
+    return {key: value for key, value in node.items() if key not in ("name", "_target_")}
+
+
+def validate(config: Config) -> None:
+    """Check what types cannot: ranges, and each component's options against its signature.
+
+    Raises:
+        UserError: naming the key, what was expected and what came.
+    """
+    for key in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
+        _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
+    for key in ("max_steps", "micro_batch", "overfit_batches"):
+        _require(
+            getattr(config, key) is None or getattr(config, key) >= 1, key, "at least 1 or null", getattr(config, key)
+        )
+    _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
+    _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)
+    _require(
+        config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
+    )
+    clip = config.clip_grad_norm
+    _require(clip is None or clip > 0, "clip_grad_norm", "above 0 or null", clip)
+    runtime = config.runtime
+    _require(runtime.workers >= 0, "runtime.workers", "0 or more", runtime.workers)
+    _require(runtime.keep_checkpoints >= 1, "runtime.keep_checkpoints", "at least 1", runtime.keep_checkpoints)
+    _require(runtime.log_every >= 1, "runtime.log_every", "at least 1", runtime.log_every)
+    for group in ("model", "data", "optim", "schedule", "method"):
+        _check_component(group, getattr(config, group))
+    rate = config.optim.get("lr")
+    _require(isinstance(rate, int | float) and rate > 0, "optim.lr", "a number above 0", rate)
+    damping = config.method.get("lambda_", 1.0)
+    _require(isinstance(damping, int | float) and damping > 0, "method.lambda_", "a number above 0", damping)
+
+
+def _check_component(group: str, node: dict[str, Any]) -> None:
+    if "_target_" not in node:
+        raise UserError(f"expected {group}=NAME with one of {', '.join(choices_of(group))}, got none.")
+    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    for key, value in options_of(node).items():
+        if key not in parameters:
+            raise UserError(f"unknown key {group}.{key}; {nearest(key, options_of(node))}.")
+        expected = parameters[key].annotation
+        if not _accepts(expected, value):
+            raise UserError(f"expected {group}.{key} to be {_readable(expected)}, got {value!r}.")
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    options = [option.strip() for option in str(annotation).split("|")]
+    checks = {
+        "int": isinstance(value, int) and not isinstance(value, bool),
+        "float": isinstance(value, int | float) and not isinstance(value, bool),
+        "bool": isinstance(value, bool),
+        "str": isinstance(value, str),
+        "None": value is None,
+    }
+    return any(checks.get(option, True) for option in options)
+
+
+def _readable(annotation: Any) -> str:
+    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word", "None": "null"}
+    return " or ".join(words.get(option.strip(), option.strip()) for option in str(annotation).split("|"))
+
+
+def choices_of(group: str) -> list[str]:
+    """The names that ``group=NAME`` takes."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def _require_choice(group: str, choice: str) -> None:
+    if choice not in choices_of(group):
+        raise UserError(f"unknown choice {group}={choice}; {nearest(choice, choices_of(group))}.")
+
+
+@functools.cache
+def _compose_groups(experiment: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
+    # A component's keys must exist before they are set, so the tree is closed to new ones.
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            tree = compose(experiment, [f"{group}={choice}" for group, choice in choices])
+        except (HydraException, OmegaConfBaseException) as error:
+            raise UserError(f"configuration {experiment}: {_first_line(error)}") from None
+    OmegaConf.set_struct(tree, True)
+    return tree
+
+
+def _set(tree: DictConfig, key: str, value: Any) -> None:
+    known = _flat_keys(tree)
+    if key not in known:
+        raise UserError(f"unknown key {key}; {nearest(key, known)}.")
+    try:
+        OmegaConf.update(tree, key, value, merge=False)
+    except OmegaConfBaseException as error:
+        raise UserError(f"bad value for {key}: {_first_line(error)}.") from None
+
+
+def _flat_keys(node: DictConfig, prefix: str = "") -> set[str]:
+    keys = set()
+    for key in node:
+        path = f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
+            keys |= _flat_keys(child, f"{path}.")
+        else:
+            keys.add(path)
+    return {key for key in keys if not key.endswith("_target_")}
+
+
+def _require(condition: bool, key: str, expected: str, got: Any) -> None:
+    if not condition:
+        raise UserError(f"expected {key} to be {expected}, got {got!r}.")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0].rstrip(".")

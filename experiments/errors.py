@@ -1,0 +1,28 @@
+"""Errors that a person can act on: one sentence, no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+EXIT_BAD_INPUT = 2
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: stopped with a checkpoint, or busy; the same command continues
+
+
+class UserError(Exception):
+    """Bad input: says what was expected, what came, and the cure. Exit code 2."""
+
+
+class RunBusyError(Exception):
+    """Another process is training this run. Exit code 75."""
+
+
+class TrainingFailedError(Exception):
+    """Training cannot go on from here (for example a loss that is not finite). Exit code 1."""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known names closest to a word, as the end of an error message."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or known[:8]
+    return f"nearest: {', '.join(close)}" if close else "there are none"

@@ -1,0 +1,78 @@
+"""Residual networks for small images, from torchvision's blocks.
+
+The CIFAR ResNet-18/34/50 are torchvision's networks with a 3x3, stride-1 first convolution.
+In the TrAct authors' CIFAR-10 script the 3x3, stride-2 max-pool is kept and convolutions
+start from Kaiming's normal initialisation (``maxpool=True, kaiming=True``); in the CIFAR-100
+table there is no max-pool and PyTorch's own initialisation (both False, the defaults).
+"""
+
+from __future__ import annotations
+
+import torch.nn as nn
+from torch import Tensor
+from torchvision.models import resnet as torchvision_resnet
+from torchvision.models.resnet import BasicBlock
+
+
+def resnet18(
+    num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
+) -> nn.Module:
+    """ResNet-18 for CIFAR: 11,220,132 parameters with 100 classes."""
+    return _cifar_resnet(torchvision_resnet.resnet18, num_classes, in_channels, maxpool, kaiming)
+
+
+def resnet34(
+    num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
+) -> nn.Module:
+    """ResNet-34 for CIFAR: 21,328,292 parameters with 100 classes."""
+    return _cifar_resnet(torchvision_resnet.resnet34, num_classes, in_channels, maxpool, kaiming)
+
+
+def resnet50(
+    num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
+) -> nn.Module:
+    """ResNet-50 for CIFAR: 23,705,252 parameters with 100 classes."""
+    return _cifar_resnet(torchvision_resnet.resnet50, num_classes, in_channels, maxpool, kaiming)
+
+
+def _cifar_resnet(constructor, num_classes: int, in_channels: int, maxpool: bool, kaiming: bool) -> nn.Module:
+    network = constructor(num_classes=num_classes)
+    network.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False)
+    if not maxpool:
+        network.maxpool = nn.Identity()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            if kaiming:
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            else:
+                module.reset_parameters()
+    return network
+
+
+class SmallResNet(nn.Module):
+    """Stem, then one basic block per width, each after the first halving the resolution."""
+
+    def __init__(self, num_classes: int, in_channels: int, widths: list[int]):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.relu = nn.ReLU(inplace=True)
+        self.blocks = nn.Sequential(*(self._block(*pair) for pair in zip([widths[0], *widths], widths, strict=False)))
+        self.fc = nn.Linear(widths[-1], num_classes)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> BasicBlock:
+        if inputs == outputs:
+            return BasicBlock(inputs, outputs)
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class scores."""
+        x = self.blocks(self.relu(self.bn1(self.conv1(x))))
+        return self.fc(x.mean(dim=(2, 3)))
+
+
+def resnet_small(num_classes: int, in_channels: int = 1, image_size: int = 8, width: int = 16) -> nn.Module:
+    """Three basic blocks of widths w, 2w, 4w; for 8x8 digits."""
+    return SmallResNet(num_classes, in_channels, [width, 2 * width, 4 * width])

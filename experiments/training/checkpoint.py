@@ -1,0 +1,118 @@
+"""Checkpoints that are whole or rejected by name.
+
+A checkpoint is one file, ``checkpoints/step-00000800-<16 hex>.pt``; the hex digits are the
+start of the SHA-256 of its bytes, so one rename publishes content and checksum together. It
+is read with ``torch.load(weights_only=True)`` only: nothing is unpickled but tensors and
+plain values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from experiments.training.files import remove_leftovers, write_atomically
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
+
+
+class CheckpointError(Exception):
+    """A checkpoint that cannot be used, and why."""
+
+
+def save(folder: Path, step: int, content: dict[str, Any], config_hash: str, keep: int) -> Path:
+    """Write a checkpoint and delete all but the newest ``keep``.
+
+    Args:
+        folder: the run's ``checkpoints`` folder.
+        step: optimizer steps done.
+        content: tensors, numbers, strings, lists and dictionaries.
+        config_hash: the configuration the content belongs to.
+        keep: how many checkpoints stay.
+
+    Returns:
+        The new file.
+    """
+    folder.mkdir(exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "config_hash": config_hash, "step": step, **content}, buffer)
+    data = buffer.getvalue()
+    path = folder / f"step-{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
+    write_atomically(path, data)
+    for old in _newest_first(folder)[keep:]:
+        if old != path:
+            old.unlink(missing_ok=True)
+    return path
+
+
+def load(path: Path, config_hash: str) -> dict[str, Any]:
+    """Read one checkpoint.
+
+    Raises:
+        CheckpointError: damaged, of another configuration or of another format.
+    """
+    match = _NAME.fullmatch(path.name)
+    data = path.read_bytes()
+    if not match or hashlib.sha256(data).hexdigest()[:16] != match[2]:
+        raise CheckpointError(f"{path} is damaged: its {len(data)} bytes do not have the checksum in its name")
+    try:
+        content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise CheckpointError(f"{path} has another format than {FORMAT}, which this version reads")
+    if content.get("config_hash") != config_hash:
+        raise CheckpointError(
+            f"{path} belongs to another configuration ({content.get('config_hash')}, this run is {config_hash})"
+        )
+    return content
+
+
+def newest_good(folder: Path, config_hash: str, report) -> Path | None:
+    """The newest checkpoint that can be read, or None; every bad one is reported by name.
+
+    Args:
+        folder: the run's ``checkpoints`` folder; temporary files in it are deleted.
+        config_hash: the configuration of the run.
+        report: called with one sentence for each checkpoint that is passed over.
+    """
+    remove_leftovers(folder)
+    for path in _newest_first(folder):
+        try:
+            load(path, config_hash)
+        except (CheckpointError, OSError) as error:
+            report(f"{error}; it is passed over")
+        else:
+            return path
+    return None
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint file by step, unread."""
+    return next(iter(_newest_first(folder)), None)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over names, shapes, dtypes and bytes of all weights and buffers."""
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("step-*.pt") if path.is_file())
+    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
+
+
+def _step(path: Path) -> int:
+    match = re.match(r"step-(\d+)", path.name)
+    return int(match[1]) if match else -1

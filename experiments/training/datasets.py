@@ -1,0 +1,225 @@
+"""Data sets: where images come from. What is done with them stands in ``data.py``."""
+
+from __future__ import annotations
+
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.io import ImageReadMode, decode_image
+from tqdm import tqdm
+
+from experiments.errors import UserError
+
+IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".gif")
+_MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are kept in memory without being asked
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images with labels: either decoded (``images``) or as files (``files``)."""
+
+    labels: Tensor
+    images: Tensor | None = None  # (n, channels, height, width), uint8
+    files: list[Path] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def image(self, index: int) -> Tensor:
+        """One image, (channels, height, width), uint8."""
+        return self.images[index] if self.files is None else _decode(self.files[index])
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """A data set with everything the loop's data pipe needs to know about it."""
+
+    train: Split
+    test: Split
+    classes: list[str]
+    channels: int
+    image_size: int
+    mean: list[float]
+    std: list[float]
+    augment: str  # crop_flip, resized_crop or none
+    padding: int
+    flip: bool
+    in_memory: bool  # augment whole batches on the device, or single images in loader processes
+
+    def __post_init__(self):
+        if self.augment not in ("crop_flip", "resized_crop", "none"):
+            raise UserError(f"expected data.augment to be crop_flip, resized_crop or none, got {self.augment!r}.")
+        if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
+            raise UserError(
+                f"expected data.mean and data.std with {self.channels} numbers (std above 0), got {self.mean} and {self.std}."
+            )
+
+
+def digits(augment: str, padding: int, flip: bool, mean: list | None, std: list | None, in_memory: bool) -> ImageData:
+    """1,797 handwritten digits of 8x8 pixels, from scikit-learn's own package: no download.
+
+    A fixed fifth of each class (360 images) is the test set.
+    """
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[:, None]
+    parts = train_test_split(pixels, bunch.target, test_size=360, random_state=0, stratify=bunch.target)
+    train_x, test_x, train_y, test_y = (torch.from_numpy(part) for part in parts)
+    train, test = Split(train_y.long(), train_x), Split(test_y.long(), test_x)
+    mean, std = _measured_unless_given(train, mean, std)
+    return ImageData(train, test, [str(n) for n in range(10)], 1, 8, mean, std, augment, padding, flip, in_memory)
+
+
+def cifar10(root: str, augment: str, padding: int, flip: bool, mean: list, std: list, in_memory: bool) -> ImageData:
+    """CIFAR-10 through torchvision: downloaded once to ``root``, checked by its checksums."""
+    return _cifar(CIFAR10, root, augment, padding, flip, mean, std, in_memory)
+
+
+def cifar100(root: str, augment: str, padding: int, flip: bool, mean: list, std: list, in_memory: bool) -> ImageData:
+    """CIFAR-100 through torchvision: downloaded once to ``root``, checked by its checksums."""
+    return _cifar(CIFAR100, root, augment, padding, flip, mean, std, in_memory)
+
+
+def _cifar(
+    kind, root: str, augment: str, padding: int, flip: bool, mean: list, std: list, in_memory: bool
+) -> ImageData:
+    try:
+        parts = [kind(root, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"expected {kind.__name__} in {root} or a way to download it, got: {reason}. Offline: put {kind.filename} "
+            f"(md5 {kind.tgz_md5}) there, set runtime.data_dir to where it is, or use data=imagefolder data.root=DIR."
+        ) from None
+    train, test = (
+        Split(torch.tensor(part.targets), torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous())
+        for part in parts
+    )
+    return ImageData(train, test, parts[0].classes, 3, 32, mean, std, augment, padding, flip, in_memory)
+
+
+def imagefolder(
+    root: str,
+    image_size: int | None,
+    augment: str,
+    padding: int,
+    flip: bool,
+    mean: list | None,
+    std: list | None,
+    in_memory: bool | None,
+) -> ImageData:
+    """Any folder with train/CLASS/*.jpg and test/CLASS/*.jpg (or val/ instead of test/).
+
+    Images that all have one size and fit in memory are decoded once; others are decoded by
+    loader processes and need ``image_size``.
+
+    Raises:
+        UserError: missing folders, no images, different classes in the two splits.
+    """
+    base = Path(root).expanduser()
+    train_files, train_labels, classes = _list_images(base, ("train",))
+    test_files, test_labels, test_classes = _list_images(base, ("test", "val"))
+    if classes != test_classes:
+        only = sorted(set(classes) ^ set(test_classes))[:5]
+        raise UserError(
+            f"expected the same classes for training and testing in {base}, got differences: {', '.join(only)}."
+        )
+    first = _decode(train_files[0])
+    keep = in_memory
+    if keep is None:
+        bytes_needed = first.numel() * (len(train_files) + len(test_files))
+        keep = augment != "resized_crop" and image_size in (None, first.shape[-1]) and bytes_needed < _MEMORY_LIMIT
+    train, test = (
+        Split(labels, _decode_all(files, name)) if keep else Split(labels, files=files)
+        for files, labels, name in ((train_files, train_labels, "train"), (test_files, test_labels, "test"))
+    )
+    size = image_size or first.shape[-1]
+    mean, std = _measured_unless_given(train, mean, std)
+    return ImageData(train, test, classes, 3, size, mean, std, augment, padding, flip, keep)
+
+
+def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor, list[str]]:
+    folder = next((base / name for name in names if (base / name).is_dir()), None)
+    if folder is None:
+        found = ", ".join(sorted(p.name for p in base.iterdir())[:5]) if base.is_dir() else "no such folder"
+        raise UserError(
+            f"expected {' or '.join(f'{name}/' for name in names)} with one folder per class in data.root={base}, got {found}."
+        )
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    files, labels = [], []
+    for label, name in enumerate(classes):
+        images = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+        if not images:
+            raise UserError(f"expected images in {folder / name}, got none; remove the folder or fill it.")
+        files += images
+        labels += [label] * len(images)
+    if not files:
+        raise UserError(f"expected folders of classes with images in {folder}, got none; give data.root=DIR.")
+    return files, torch.tensor(labels), classes
+
+
+def _decode(path: Path) -> Tensor:
+    try:
+        return decode_image(str(path), ImageReadMode.RGB)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"expected a readable image in {path}, got: {reason}; replace or remove the file.") from None
+
+
+def _decode_all(files: list[Path], name: str) -> Tensor:
+    first = _decode(files[0])
+    images = first.new_empty((len(files), *first.shape))
+
+    def place(item: tuple[int, Path]) -> None:
+        index, path = item
+        image = _decode(path)
+        if image.shape != first.shape:
+            raise UserError(
+                f"expected images of one size, got {tuple(first.shape[1:])} in {files[0].name} and "
+                f"{tuple(image.shape[1:])} in {path}; give data.image_size and data.in_memory=false."
+            )
+        images[index] = image
+
+    with ThreadPoolExecutor() as pool:
+        for _ in tqdm(
+            pool.map(place, enumerate(files)), total=len(files), desc=f"reading {name}", leave=False, disable=None
+        ):
+            pass
+    return images
+
+
+def _measured_unless_given(train: Split, mean: list | None, std: list | None) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of the training pixels per channel, where not given."""
+    if mean is not None and std is not None:
+        return list(mean), list(std)
+    if train.images is None:
+        raise UserError(
+            "expected data.mean and data.std for images that are not kept in memory, got null; ImageNet's are "
+            "data.mean=[0.485,0.456,0.406] data.std=[0.229,0.224,0.225]."
+        )
+    count = train.images.numel() // train.images.shape[1]
+    total = train.images.sum(dim=(0, 2, 3), dtype=torch.float64)
+    squares = torch.stack([(channel.double() ** 2).sum() for channel in train.images.unbind(1)])
+    measured = total / count / 255
+    spread = (squares / count / 255**2 - measured**2).clamp(min=0).sqrt()
+    return (measured.tolist() if mean is None else list(mean)), (spread.tolist() if std is None else list(std))
+
+
+def fingerprint(data: ImageData) -> str:
+    """Sixteen hex digits that tell two data sets apart: labels, sizes, names or first pixels."""
+    digest = hashlib.sha256(repr((len(data.train), len(data.test), data.classes, data.image_size)).encode())
+    for split in (data.train, data.test):
+        digest.update(split.labels.numpy().tobytes())
+        if split.images is not None:
+            digest.update(split.images[:: max(1, len(split) // 100)].contiguous().numpy().tobytes())
+        else:
+            digest.update("\n".join(path.name for path in split.files).encode())
+    return digest.hexdigest()[:16]

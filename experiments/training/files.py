@@ -1,0 +1,76 @@
+"""Files that are either whole or not there, and a lock that dies with its owner."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from experiments.errors import RunBusyError
+
+TEMPORARY = ".tmp"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside, flush to disk, rename, flush the folder: readers see all or nothing."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file atomically."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete temporary files that a killed process left in a folder."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a run folder for this process.
+
+    A POSIX record lock on ``lock``: the system releases it when its owner dies, and forked
+    loader processes do not inherit it. The file's text only says who holds it.
+
+    Raises:
+        RunBusyError: another process holds it.
+    """
+    with open(folder / "lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise RunBusyError(f"{folder} is being trained by {file.read().strip() or 'another process'}.") from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
+        file.flush()
+        yield
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a live process holds this run folder."""
+    if not (folder / "lock").exists():
+        return False
+    with open(folder / "lock", "r+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False

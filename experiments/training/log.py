@@ -1,0 +1,89 @@
+"""The record of a run: TensorBoard scalars, ``log.txt`` and a progress bar.
+
+A checkpoint holds the length of every event file at its moment. Resuming cuts the files
+back to it, so the record has each point once, whichever reader is used. (TensorBoard's own
+``purge_step`` compares one step number for all tags and cannot serve here, where ``train/*``
+counts steps and ``test/*`` epochs.)
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from tqdm import tqdm
+
+_EVENTS = "events.out.tfevents.*"
+
+
+class RunLog:
+    """Writes the record of one run; on ranks other than the first it does nothing.
+
+    Args:
+        folder: the run folder, or None to write nothing.
+        sizes: {event file name: bytes to keep} of the checkpoint that is resumed; {} at a start.
+        hyper_parameters: flat values for TensorBoard's HParams page, written at a start.
+    """
+
+    def __init__(self, folder: Path | None, sizes: dict[str, int], hyper_parameters: dict):
+        self._folder, self._writer = folder, None
+        self._logger = logging.getLogger("experiments.run")
+        self._logger.setLevel(logging.INFO)
+        self._logger.propagate = False
+        self._handlers: list[logging.Handler] = []
+        if folder is None:
+            return
+        cut_events(folder, sizes)
+        self._writer = SummaryWriter(str(folder))
+        if not sizes:
+            for summary in hparams(hyper_parameters, {"test/top1": 0.0}):
+                self._writer.file_writer.add_summary(summary)
+        self._handlers = [logging.FileHandler(folder / "log.txt"), _BesideTheBar()]
+        for handler in self._handlers:
+            handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+            self._logger.addHandler(handler)
+
+    def scalar(self, tag: str, value: float, x: int) -> None:
+        """One point; x is the optimizer step for train/*, else the epoch (from 1)."""
+        if self._writer is not None:
+            self._writer.add_scalar(tag, value, x)
+
+    def say(self, sentence: str) -> None:
+        """One line for ``log.txt`` and the screen."""
+        if self._folder is not None:
+            self._logger.info(sentence)
+
+    def sizes(self) -> dict[str, int]:
+        """Bring all points to disk; the length of every event file."""
+        self._writer.flush()
+        sizes = {}
+        for path in sorted(self._folder.glob(_EVENTS)):
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            sizes[path.name] = path.stat().st_size
+        return sizes
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self._writer is not None:
+            self._writer.close()
+        for handler in self._handlers:
+            self._logger.removeHandler(handler)
+            handler.close()
+
+
+def cut_events(folder: Path, sizes: dict[str, int]) -> None:
+    """Cut event files back to these lengths; delete files that are not named."""
+    for path in folder.glob(_EVENTS):
+        if path.name not in sizes:
+            path.unlink()
+        elif path.stat().st_size > sizes[path.name]:
+            os.truncate(path, sizes[path.name])
+
+
+class _BesideTheBar(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record))

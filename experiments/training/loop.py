@@ -1,0 +1,345 @@
+"""The training loop. It names no method, no model and no data set."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+from experiments.config import Config, Precision
+from experiments.errors import TrainingFailedError
+from experiments.training.data import Batches
+from experiments.training.evaluate import InterruptedEvaluationError, evaluate
+from experiments.training.log import RunLog
+from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
+from experiments.training.parallel import Ranks
+from experiments.training.randomness import seed_torch
+from experiments.training.stop import StopRequest
+from tract.methods.base import Method
+
+_GO_ON, _SAVE, _STOP = 0, 1, 2
+
+
+class StoppedError(Exception):
+    """Training stopped at a safe point and can be continued; the message says why."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: all of a trainer's state that is not in its tensors."""
+
+    step: int = 0  # optimizer steps done
+    evaluated: int = 0  # optimizer steps done at the last evaluation
+    seconds: float = 0.0  # training and evaluation time over all attempts
+    epoch_seconds: float = 0.0  # the part of it in the current epoch
+    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss sum, hits, images since the last point
+    metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
+
+
+class Trainer:
+    """Trains one model to the end, or until told to stop.
+
+    Args:
+        config: the run.
+        model: the network after ``method.apply``, on its device.
+        method: hooks.
+        optimizer: made over ``method.param_groups``.
+        factor: learning-rate factor of step s (from 0).
+        batches: training and test data of this rank.
+        log: the run's record.
+        stop: reasons to stop early.
+        ranks: who trains together.
+        save: called on the first rank with :meth:`state` to write a checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        model: nn.Module,
+        method: Method,
+        optimizer: torch.optim.Optimizer,
+        factor: Callable[[int], float],
+        batches: Batches,
+        log: RunLog,
+        stop: StopRequest,
+        ranks: Ranks,
+        save: Callable[[int, dict[str, Any]], None],
+    ):
+        self.config, self.model, self.method, self.optimizer, self.factor = config, model, method, optimizer, factor
+        self.batches, self.log, self.stop, self.ranks, self._save = batches, log, stop, ranks, save
+        self.device = batches.device
+        self.progress = Progress()
+        self.total_steps = total_steps(config, batches.steps_per_epoch)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
+        self.ema = None
+        if config.ema_decay is not None:
+            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        self._window = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._bad_step = torch.tensor(-1, device=self.device)
+        self._network = model
+        if ranks.size > 1:
+            on = [self.device] if self.device.type == "cuda" else None
+            self._network = DistributedDataParallel(model, device_ids=on)
+        if config.compile:
+            self._network = torch.compile(self._network)
+
+    # -- state ------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything a later process needs to go on exactly here; call on all ranks."""
+        self.progress.window = self.ranks.sum(self._window.clone()).tolist()
+        if not self.ranks.first:
+            self._window.zero_()  # the first rank holds the sum from here on
+            return {}
+        self._window.copy_(torch.tensor(self.progress.window, dtype=torch.float64))
+        return {
+            "progress": dict(vars(self.progress)),
+            "model": self.model.state_dict(),
+            "optimizer": state_by_name(self.optimizer, self.model),
+            "scaler": self.scaler.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "events": self.log.sizes(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from a state; call on all ranks, after ``method.match``."""
+        self.progress = Progress(**state["progress"])
+        self.model.load_state_dict(state["model"])
+        load_state_by_name(self.optimizer, self.model, state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.ranks.first:
+            self._window.copy_(torch.tensor(self.progress.window, dtype=torch.float64))
+
+    # -- running ----------------------------------------------------------------------
+
+    def run(self) -> dict[str, float]:
+        """Train to the end.
+
+        Returns:
+            The metrics of the last evaluation.
+
+        Raises:
+            StoppedError: asked to stop; a checkpoint was written.
+            TrainingFailedError: the loss is not finite.
+        """
+        self._bar = tqdm(
+            total=self.total_steps,
+            initial=self.progress.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=None if self.ranks.first and self.config.runtime.progress else True,
+        )
+        self._clock = self._last_save = time.monotonic()
+        with self._bar:
+            while True:
+                if self._evaluation_is_due():
+                    self._evaluate()
+                if self.progress.step == self.total_steps:
+                    break
+                self._train_epoch()
+        self._checkpoint()
+        return self.progress.metrics
+
+    def _train_epoch(self) -> None:
+        progress, per_epoch = self.progress, self.batches.steps_per_epoch
+        epoch, first = divmod(progress.step, per_epoch)
+        last = min(per_epoch, self.total_steps - epoch * per_epoch)
+        self.model.train()
+        self._speed_clock, self._speed_images = time.monotonic(), 0
+        for index, (images, labels) in zip(range(first, last), self.batches.train(epoch, first), strict=False):
+            self._step(images, labels, self.batches.global_count(index))
+            self._after_step(at_end=index == last - 1)
+
+    def _step(self, images: Tensor, labels: Tensor, global_count: int) -> None:
+        step, config = self.progress.step, self.config
+        seed_torch(config.seed, "step", step, self.ranks.rank)
+        set_learning_rate(self.optimizer, self.factor(step))
+        self.method.before_step(self.model, step)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self._parts(global_count)
+        with self.method.accumulating(self.model) if parts > 1 else nullcontext():
+            self._backward(images, labels, global_count, parts)
+        if config.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.method.after_step(self.model, self.optimizer, step)
+        if self.ema is not None:
+            self.ema.update_parameters(self.model)
+        self._speed_images += global_count
+
+    def _parts(self, global_count: int) -> int:
+        """Micro-batches of a batch: equally many on every rank, none of them empty."""
+        share = max(1, global_count // self.ranks.size)
+        return math.ceil(share / (self.config.micro_batch or share))
+
+    def _backward(self, images: Tensor, labels: Tensor, global_count: int, parts: int) -> None:
+        """Gradients of the mean loss over the global batch."""
+        for number, (part, target) in enumerate(
+            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
+        ):
+            together = number == parts - 1  # ranks exchange gradients in the last part only
+            with nullcontext() if together or self.ranks.size == 1 else self._network.no_sync(), self._autocast():
+                scores = self._network(self._in_format(part))
+                total = F.cross_entropy(
+                    scores.float(), target, reduction="sum", label_smoothing=self.config.label_smoothing
+                )
+                loss = total * (self.ranks.size / global_count)
+                penalty = self.method.penalty(self.model) if together else None
+                if penalty is not None:
+                    loss = loss + penalty
+            self.scaler.scale(loss).backward()
+            self._note(total.detach(), scores.detach(), target)
+
+    def _note(self, total: Tensor, scores: Tensor, target: Tensor) -> None:
+        hits = (scores.argmax(1) == target).sum()
+        count = torch.full_like(total, len(target))
+        self._window += torch.stack([total, hits, count]).double()
+        is_first_bad = ~torch.isfinite(total) & (self._bad_step < 0)
+        self._bad_step = torch.where(is_first_bad, self.progress.step, self._bad_step)
+
+    def _after_step(self, at_end: bool) -> None:
+        progress, runtime = self.progress, self.config.runtime
+        progress.step += 1
+        self._bar.update()
+        if at_end or progress.step % runtime.log_every == 0:
+            self._log_window()
+        wish = _GO_ON
+        if self.ranks.first:
+            waited = time.monotonic() - self._last_save >= runtime.checkpoint_seconds
+            if waited or (runtime.checkpoint_steps and progress.step % runtime.checkpoint_steps == 0):
+                wish = _SAVE
+        reason = self.stop.reason()
+        decision = self.ranks.highest(_STOP if reason else wish)
+        if decision != _GO_ON:
+            self._checkpoint()
+        if decision == _STOP:
+            raise StoppedError(reason or "another rank was told to stop")
+
+    def _log_window(self) -> None:
+        self._require_finite()
+        loss, hits, count = self.ranks.sum(self._window.clone()).tolist()
+        self._window.zero_()
+        step = self.progress.step
+        loss, top1 = loss / count, 100 * hits / count
+        self.log.scalar("train/loss", loss, step)
+        self.log.scalar("train/top1", top1, step)
+        self.log.scalar("train/lr", self.optimizer.param_groups[0]["lr"], step)
+        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {top1:.1f} %, {self._images_per_second():.0f} images/s")
+
+    def _images_per_second(self) -> float:
+        return self._speed_images / max(1e-9, time.monotonic() - self._speed_clock)
+
+    def _require_finite(self) -> None:
+        bad = self.ranks.highest(int(self._bad_step))
+        if bad >= 0:
+            raise TrainingFailedError(
+                f"train/loss is not finite in step {bad + 1}; the last checkpoint is from before. "
+                "Lower optim.lr, use precision=bf16 instead of fp16, or raise method.lambda_ if the method has it."
+            )
+
+    def _checkpoint(self) -> None:
+        self._require_finite()
+        self._count_seconds()
+        began = time.monotonic()
+        state = self.state()
+        if self.ranks.first:
+            self._save(self.progress.step, state)
+        self._last_save = time.monotonic()
+        self.stop.saved(self._last_save - began)
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.progress.seconds += now - self._clock
+        self.progress.epoch_seconds += now - self._clock
+        self._clock = now
+
+    # -- evaluation -------------------------------------------------------------------
+
+    def _evaluation_is_due(self) -> bool:
+        step, per_epoch = self.progress.step, self.batches.steps_per_epoch
+        if step == self.progress.evaluated:
+            return False
+        return step == self.total_steps or step % (per_epoch * self.config.eval_every) == 0
+
+    def _evaluate(self) -> None:
+        speed = self._images_per_second() if self._speed_images else None
+        metrics = {}
+        self.model.eval()
+        try:
+            for name, predictor in self._views():
+                result = evaluate(
+                    predictor, self.batches.test(), len(self.batches.data.test), self.ranks, self._told_to_stop
+                )
+                metrics |= {f"{name}/{key}": value for key, value in result.items()}
+        except InterruptedEvaluationError:
+            self._checkpoint()
+            raise StoppedError("told to stop during an evaluation, which will be repeated") from None
+        metrics |= dict(self.method.metrics(self.model))
+        self._count_seconds()
+        self._record(metrics, speed)
+
+    def _views(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+        yield from ((name, self._predictor(view)) for name, view in self.method.views(self.model))
+        if self.ema is not None:
+            yield "ema", self._predictor(self.ema.module.eval())
+
+    def _predictor(self, view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def predict(images: Tensor) -> Tensor:
+            with self._autocast():
+                return view(self._in_format(images))
+
+        return predict
+
+    def _told_to_stop(self) -> bool:
+        return self.ranks.highest(_STOP if self.stop.reason() else _GO_ON) == _STOP
+
+    def _record(self, metrics: dict[str, float], speed: float | None) -> None:
+        progress = self.progress
+        epoch = math.ceil(progress.step / self.batches.steps_per_epoch)
+        times = {"time/epoch_seconds": progress.epoch_seconds, "memory/peak_mib": _peak_mib(self.device)}
+        if speed is not None:
+            times["time/images_per_second"] = speed
+        for tag, value in (metrics | times).items():
+            self.log.scalar(tag, value, epoch)
+        progress.evaluated, progress.epoch_seconds, progress.metrics = progress.step, 0.0, metrics
+        figures = ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items())
+        self.log.say(f"epoch {epoch}/{self.config.epochs}, step {progress.step}/{self.total_steps}: {figures}")
+
+    # -- formats ----------------------------------------------------------------------
+
+    def _autocast(self) -> AbstractContextManager:
+        if self.config.precision is Precision.fp32:
+            return nullcontext()
+        dtype = torch.bfloat16 if self.config.precision is Precision.bf16 else torch.float16
+        return torch.autocast(self.device.type, dtype)
+
+    def _in_format(self, images: Tensor) -> Tensor:
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
+
+def total_steps(config: Config, steps_per_epoch: int) -> int:
+    """Optimizer steps of the whole run."""
+    steps = config.epochs * steps_per_epoch
+    return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _peak_mib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

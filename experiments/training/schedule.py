@@ -1,0 +1,59 @@
+"""Learning-rate schedules: pure functions of the optimizer step.
+
+Each is a class with the recipe's numbers and one method, ``factor(step, steps_per_epoch,
+total_steps)``: what the base learning rate is multiplied by in step ``step`` (from 0).
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up, then half a cosine from 1 down to ``final`` at the very last step.
+
+    factor(t) = final + (1 - final) (1 + cos(pi (t - w) / (T - w))) / 2 with w warm-up steps
+    of T; during warm-up factor(t) = t / w.
+    """
+
+    warmup_epochs: float
+    final: float
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate."""
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return step / warmup
+        progress = (step - warmup) / max(1, total_steps - warmup)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class MultiStep:
+    """Linear warm-up, then times ``gamma`` after each milestone (in finished epochs)."""
+
+    milestones: list[float]
+    gamma: float
+    warmup_epochs: float
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate."""
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        if step < warmup:
+            return step / warmup
+        return self.gamma ** bisect_right(sorted(self.milestones), step / steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class Constant:
+    """Linear warm-up, then 1."""
+
+    warmup_epochs: float
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate."""
+        warmup = round(self.warmup_epochs * steps_per_epoch)
+        return step / warmup if step < warmup else 1.0
