@@ -1,0 +1,281 @@
+"""Runs of one experiment as a table: rows, cells, paired differences, and all that is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from analysis.grouping import ABSENT, flatten, method_labels, natural_order, plain, settings, short_names, varying_keys
+from analysis.load import Run, expected_epochs
+from analysis.statistics import PairedDifference, Summary, holm, paired_difference, summarise
+
+_SMALLER_IS_BETTER = ("loss", "seconds", "mib", "error")
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against the baseline within one row."""
+
+    paired: PairedDifference
+    seeds: tuple[int, ...]
+    p_holm: float | None = None  # of the paired t-tests of the whole table
+    p_holm_permutation: float | None = None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method in one row; everything by seed, ascending."""
+
+    values: dict[int, float]
+    runs: dict[int, Run]
+    summary: Summary
+    difference: Difference | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One configuration."""
+
+    settings: dict[str, Any]  # by short name
+    cells: dict[str, Cell]  # by method label
+
+
+@dataclass(frozen=True)
+class Table:
+    """All of an experiment's runs, and what is missing from them."""
+
+    experiment: str
+    metric: str
+    best: bool  # each run's best epoch instead of its final one
+    baseline: str | None  # a method label
+    axes: tuple[str, ...]
+    methods: tuple[str, ...]
+    rows: tuple[Row, ...]
+    named: tuple[str, ...]  # one sentence per gap or doubt
+    comparisons: int = 0  # number of p-values that Holm's adjustment counts
+
+
+def build_table(
+    experiment: str, runs: Sequence[Run], metric: str, baseline: str = "vanilla", best: bool = False
+) -> Table:
+    """Group runs into cells and compare each method with the baseline.
+
+    Args:
+        experiment: its name.
+        runs: all its runs; only usable ones enter a mean, the others are named.
+        metric: a TensorBoard tag.
+        baseline: label or name of the method that the others are compared with.
+        best: take each run's best epoch, which selects on the test set.
+    """
+    placed = [run for run in runs if run.config is not None]
+    keys = varying_keys([settings(run.config) for run in placed])
+    names = short_names(keys)
+    methods = _ordered_methods(placed, baseline)
+    reference = find_baseline(methods, baseline)
+    named = [problem.text for run in runs for problem in run.problems]
+    rows = []
+    for values, places in _grouped(placed, keys):
+        cells = {label: _cell(places.get(label, []), metric, best, named) for label in methods}
+        if reference is not None:
+            cells = _with_differences(cells, reference)
+        row = Row({names[key]: value for key, value in zip(keys, values, strict=True)}, cells)
+        named += _missing_seeds(experiment, row, places, dict(zip(keys, values, strict=True)))
+        rows.append(row)
+    rows, count = _with_holm(rows)
+    named += _mixed(rows)
+    axes = tuple(names[key] for key in keys)
+    return Table(experiment, metric, best, reference, axes, methods, tuple(rows), tuple(dict.fromkeys(named)), count)
+
+
+def find_baseline(methods: Sequence[str], wanted: str) -> str | None:
+    """The label that is ``wanted``, or the only variant of the method of that name."""
+    if wanted in methods:
+        return wanted
+    variants = [label for label in methods if label.split(" ")[0] == wanted]
+    return variants[0] if len(variants) == 1 else None
+
+
+def _ordered_methods(runs: Sequence[Run], baseline: str) -> tuple[str, ...]:
+    nodes = [run.config["method"] for run in runs]
+    by_label = dict(zip(method_labels(nodes), nodes, strict=True))
+
+    def order(label: str) -> tuple:
+        node = by_label[label]
+        first = baseline in (label, node["name"])
+        return (not first, node["name"], natural_order(value for _, value in sorted(flatten(node).items())))
+
+    return tuple(sorted(by_label, key=order))
+
+
+def _grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[tuple, dict[str, list[Run]]]]:
+    """[(values of the keys, {method label: runs})], rows in natural order."""
+    rows: dict[str, tuple[tuple, dict[str, list[Run]]]] = {}
+    labels = method_labels([run.config["method"] for run in runs])
+    for run, label in zip(runs, labels, strict=True):
+        flat = settings(run.config)
+        values = tuple(flat.get(key, ABSENT) for key in keys)
+        row = rows.setdefault(repr(values), (values, {}))
+        row[1].setdefault(label, []).append(run)
+    return sorted(rows.values(), key=lambda row: natural_order(row[0]))
+
+
+def _cell(runs: Sequence[Run], metric: str, best: bool, named: list[str]) -> Cell:
+    values: dict[int, float] = {}
+    used: dict[int, Run] = {}
+    for seed, candidates in _by_seed([run for run in runs if run.usable]).items():
+        if len(candidates) > 1:
+            folders = " and ".join(str(run.folder) for run in candidates)
+            named.append(f"{folders}: the same run several times, so none of them is used; delete all but one.")
+            continue
+        value, fault = _value(candidates[0], metric, best)
+        if fault is not None:
+            named.append(fault)
+            continue
+        values[seed], used[seed] = value, candidates[0]
+    return Cell(values, used, summarise(list(values.values())))
+
+
+def _by_seed(runs: Sequence[Run]) -> dict[int, list[Run]]:
+    seeds: dict[int, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: run.seed):
+        seeds.setdefault(run.seed, []).append(run)
+    return seeds
+
+
+def _value(run: Run, metric: str, best: bool) -> tuple[float, None] | tuple[None, str]:
+    """(value, None), or (None, why there is none)."""
+    curve = run.curve(metric)
+    again = f"evaluate it again: `{run.command}`"
+    if not curve:
+        return None, f"{run.folder}: finished, but without {metric}; {again}."
+    if best and not metric.startswith("train/") and not _all_epochs(run) <= curve.keys():
+        return None, f"{run.folder}: not every epoch has {metric}, so its best epoch is unknown; {again}."
+    value = best_value(curve, metric) if best else run.final_value(metric)
+    if value is None:
+        return None, f"{run.folder}: {metric} is missing at the final epoch; {again}."
+    if not math.isfinite(value):
+        return None, f"{run.folder}: {metric} is {value}, so it enters no mean; look into its log."
+    return value, None
+
+
+def _all_epochs(run: Run) -> set[int]:
+    return expected_epochs(run.final_epoch, run.config.get("eval_every", 1))
+
+
+def best_value(curve: dict[int, float], metric: str) -> float:
+    """The best point of a curve: the smallest loss, time or memory, the largest of anything else."""
+    finite = [value for value in curve.values() if math.isfinite(value)]
+    choose = min if metric.endswith(_SMALLER_IS_BETTER) else max
+    return choose(finite, default=math.nan)
+
+
+def _with_differences(cells: dict[str, Cell], baseline: str) -> dict[str, Cell]:
+    reference = cells[baseline]
+    return {
+        label: cell if label == baseline else replace(cell, difference=_difference(cell, reference))
+        for label, cell in cells.items()
+    }
+
+
+def _difference(cell: Cell, reference: Cell) -> Difference:
+    seeds = tuple(seed for seed in cell.values if seed in reference.values)
+    treated, plain_values = [cell.values[s] for s in seeds], [reference.values[s] for s in seeds]
+    largest = max(map(abs, [*treated, *plain_values]), default=0.0)
+    resolution = float(np.spacing(np.float32(largest)))  # events hold float32
+    return Difference(paired_difference(treated, plain_values, resolution), seeds)
+
+
+def _with_holm(rows: list[Row]) -> tuple[list[Row], int]:
+    """Adjust over the whole table; also the number of defined p-values."""
+    places = [(i, label) for i, row in enumerate(rows) for label, cell in row.cells.items() if cell.difference]
+    found = [rows[i].cells[label].difference.paired for i, label in places]
+    by_t, by_permutation = holm([d.p_t for d in found]), holm([d.p_permutation for d in found])
+    cells = [dict(row.cells) for row in rows]
+    for (i, label), p_t, p_permutation in zip(places, by_t, by_permutation, strict=True):
+        cell = cells[i][label]
+        difference = replace(cell.difference, p_holm=p_t, p_holm_permutation=p_permutation)
+        cells[i][label] = replace(cell, difference=difference)
+    adjusted = [Row(row.settings, new) for row, new in zip(rows, cells, strict=True)]
+    return adjusted, sum(p is not None for p in by_t)
+
+
+def _missing_seeds(experiment: str, row: Row, places: dict[str, list[Run]], values: dict[str, Any]) -> list[str]:
+    """Seeds that one method of the row has a folder for and another has not."""
+    folders = {run.seed: run.folder for runs in places.values() for run in runs}
+    found = []
+    for label in row.cells:
+        missing = sorted(folders.keys() - {run.seed for run in places.get(label, [])})
+        if missing:
+            seeds = ", ".join(map(str, missing))
+            others = ", ".join(str(folders[seed]) for seed in missing)
+            where = _row_words(row)
+            overrides = _overrides(label, missing, values)
+            found.append(
+                f"missing: {label} with seed {seeds}{where}, which {others} has for another method; "
+                f"start it: `python experiments/{experiment}.py --local {overrides}`."
+            )
+    return found
+
+
+def _row_words(row: Row) -> str:
+    words = ", ".join(f"{name}={plain(value)}" for name, value in row.settings.items())
+    return f" ({words})" if words else ""
+
+
+def _overrides(label: str, seeds: Sequence[int], values: dict[str, Any]) -> str:
+    name, *options = label.split(" ")
+    chosen = [f"{key.removesuffix('.name')}={plain(value)}" for key, value in values.items() if value != ABSENT]
+    return " ".join(
+        [f"method={name}", *(f"method.{option}" for option in options), *chosen, f"seed={','.join(map(str, seeds))}"]
+    )
+
+
+def _mixed(rows: Sequence[Row]) -> list[str]:
+    """What the runs behind the means were made with, where it differs."""
+    used = [run for row in rows for cell in row.cells.values() for run in cell.runs.values()]
+    facts = {"commit": _commit, "torch version": _torch, "hardware": _hardware, "data set": _data}
+    found = []
+    for name, fact in facts.items():
+        folders: dict[str, list[str]] = {}
+        for run in used:
+            for value in dict.fromkeys(fact(attempt) for attempt in run.attempts):
+                folders.setdefault(value, []).append(str(run.folder))
+        if len(folders) > 1:
+            found.append(_mixed_sentence(name, folders))
+    return found
+
+
+def _mixed_sentence(name: str, folders: dict[str, list[str]]) -> str:
+    """All values with their counts; the folders of all but the most frequent one."""
+    ordered = sorted(folders.items(), key=lambda item: -len(item[1]))
+    most_value, most = ordered[0]
+    words = [f"{most_value} ({_runs(most)})"]
+    words += [f"{value} ({_runs(own)}: {', '.join(own)})" for value, own in ordered[1:]]
+    return f"the runs differ in {name}: {'; '.join(words)}; start the odd ones again in one environment."
+
+
+def _runs(folders: Sequence[str]) -> str:
+    return "1 run" if len(folders) == 1 else f"{len(folders)} runs"
+
+
+def _commit(attempt: dict[str, Any]) -> str:
+    commit = str(attempt.get("commit") or "unknown")[:12]
+    return f"{commit} with uncommitted changes {attempt.get('diff') or ''}".rstrip() if attempt.get("dirty") else commit
+
+
+def _torch(attempt: dict[str, Any]) -> str:
+    packages = attempt.get("packages")
+    return str(packages.get("torch", "unknown")) if isinstance(packages, dict) else "unknown"
+
+
+def _hardware(attempt: dict[str, Any]) -> str:
+    hardware = attempt.get("hardware")
+    return str(hardware.get("device", "unknown")) if isinstance(hardware, dict) else str(hardware or "unknown")
+
+
+def _data(attempt: dict[str, Any]) -> str:
+    return str(attempt.get("data") or "unknown")

@@ -1,0 +1,214 @@
+"""Tables as Markdown, LaTeX, CSV and JSON. Rounds for readers; CSV and JSON keep every digit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from tabulate import tabulate
+
+from analysis.comparison import Cell, Difference, Row, Table
+from analysis.grouping import plain
+
+NONE = "–"
+_LATEX = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%",
+    "_": r"\_", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "|": r"\textbar{}", "`": r"\textasciigrave{}", '"': r"\textquotedbl{}",
+    "±": r"$\pm$", "−": r"$-$", "Δ": r"$\Delta$", "–": r"\textendash{}", "\n": " ",
+}  # fmt: skip
+_CELL_FIELDS = ("method", "n", "mean", "std", "seeds", "values", "runs")
+_DIFFERENCE_FIELDS = ("n", "mean", "low", "high", "p_t", "p_permutation", "p_holm", "p_holm_permutation")
+
+
+def render(tables: Sequence[Table], form: str) -> str:
+    """The tables in one of the formats ``md``, ``latex``, ``csv`` and ``json``, as one text."""
+    if form == "csv":
+        return to_csv(tables)
+    if form == "json":
+        return json.dumps([to_plain(table) for table in tables], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in tables)
+
+
+def caption(table: Table) -> str:
+    """What the numbers are, in sentences."""
+    what = f"{table.experiment}: {table.metric}, mean ± sample standard deviation (number of runs)"
+    if table.best:
+        which = (
+            " of each run's BEST epoch. WARNING: the epoch is SELECTED ON THE TEST SET, so these numbers are too good; "
+            "report the final epoch instead."
+        )
+    else:
+        which = " of the final epoch."
+    rule = " Unfinished, failed and damaged runs enter no mean."
+    return what + which + rule + _comparison_caption(table)
+
+
+def _comparison_caption(table: Table) -> str:
+    if table.baseline is None:
+        return " No differences: no single method here is the baseline; choose one by --baseline."
+    if len(table.methods) < 2:
+        return ""
+    return (
+        f" Δ: method minus {table.baseline}, paired by seed, [95 % t-interval] (number of pairs). p: paired t-test / "
+        f"exact sign-flip permutation test / paired t-test with Holm's adjustment over this table's "
+        f"{table.comparisons} comparisons."
+    )
+
+
+def header(table: Table) -> list[str]:
+    """The column names of the readable formats."""
+    names = list(table.axes)
+    for label in table.methods:
+        names.append(label)
+        if _compared(table, label):
+            names += [f"Δ {label}", f"p {label}"]
+    return names
+
+
+def readable_row(table: Table, row: Row) -> list[str]:
+    """One row of the readable formats, rounded."""
+    words = [plain(value) for value in row.settings.values()]
+    for label in table.methods:
+        cell = row.cells[label]
+        words.append(readable_cell(cell, table.metric))
+        if _compared(table, label):
+            words += [readable_difference(cell.difference, table.metric), readable_p(cell.difference)]
+    return words
+
+
+def _compared(table: Table, label: str) -> bool:
+    return table.baseline is not None and label != table.baseline
+
+
+def readable_cell(cell: Cell, metric: str) -> str:
+    """``71.23 ± 0.18 (5)``; without a spread for one run; ``– (0)`` for none."""
+    summary = cell.summary
+    if summary.mean is None:
+        return f"{NONE} (0)"
+    spread = "" if summary.std is None else f" ± {_number(summary.std, metric)}"
+    return f"{_number(summary.mean, metric)}{spread} ({summary.n})"
+
+
+def readable_difference(difference: Difference, metric: str) -> str:
+    """``+0.52 [+0.10, +0.94] (5)``."""
+    paired = difference.paired
+    if paired.mean is None:
+        return NONE
+    interval = "" if paired.low is None else f" [{_signed(paired.low, metric)}, {_signed(paired.high, metric)}]"
+    return f"{_signed(paired.mean, metric)}{interval} ({paired.n})"
+
+
+def readable_p(difference: Difference) -> str:
+    """``0.0128 / 0.0625 / 0.0255``: t, permutation, Holm."""
+    numbers = (difference.paired.p_t, difference.paired.p_permutation, difference.p_holm)
+    return " / ".join(NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3g}" for p in numbers)
+
+
+def _number(value: float, metric: str) -> str:
+    text = f"{value:.2f}" if metric.rpartition("/")[2].startswith("top") else f"{value:.4g}"
+    return text.replace("-", "−")
+
+
+def _signed(value: float, metric: str) -> str:
+    text = _number(value, metric)
+    return text if text.startswith("−") else f"+{text}"
+
+
+def to_markdown(table: Table) -> str:
+    """A caption, a pipe table, and what is missing as a list."""
+    rows = [[word.replace("|", r"\|") for word in readable_row(table, row)] for row in table.rows]
+    names = [name.replace("|", r"\|") for name in header(table)]
+    body = tabulate(rows, names, tablefmt="pipe", disable_numparse=True) if rows else "(no run with a readable config)"
+    named = "".join(f"- {sentence}\n" for sentence in table.named)
+    gaps = f"\nMissing or doubtful ({len(table.named)}):\n\n{named}" if named else ""
+    return f"**{caption(table)}**\n\n{body}\n{gaps}"
+
+
+def to_latex(table: Table) -> str:
+    """A floating table; needs the packages booktabs and textcomp (part of LaTeX since 2020)."""
+    rows = [readable_row(table, row) for row in table.rows]
+    lines = [" & ".join(map(latex_escape, words)) + r" \\" for words in rows]
+    columns = "l" * len(table.axes) + "r" * (len(header(table)) - len(table.axes))
+    named = [rf"\item {latex_escape(sentence)}" for sentence in table.named]
+    gaps = [r"\begin{itemize}", *named, r"\end{itemize}"] if named else []
+    return "\n".join([
+        "% needs \\usepackage[T1]{fontenc} and \\usepackage{booktabs}",
+        r"\begin{table}", r"\centering", rf"\caption{{{latex_escape(caption(table))}}}",
+        rf"\begin{{tabular}}{{{columns or 'l'}}}", r"\toprule",
+        " & ".join(map(latex_escape, header(table))) + r" \\", r"\midrule", *lines, r"\bottomrule",
+        r"\end{tabular}", *gaps, r"\end{table}", "",
+    ])  # fmt: skip
+
+
+def latex_escape(text: str) -> str:
+    r"""Text that LaTeX prints as it stands.
+
+    Example:
+        >>> print(latex_escape("lambda_ = 5 %"))
+        lambda\_ = 5 \%
+    """
+    escaped = "".join(_LATEX.get(character, character) for character in text).replace("--", "-{}-")
+    return "{}" + escaped if escaped.startswith("[") else escaped  # no optional argument of a line break
+
+
+def to_plain(table: Table) -> dict[str, Any]:
+    """The whole table as dictionaries, lists and full-precision numbers."""
+    return {
+        "experiment": table.experiment,
+        "metric": table.metric,
+        "epoch": "best" if table.best else "final",
+        "baseline": table.baseline,
+        "caption": caption(table),
+        "axes": list(table.axes),
+        "methods": list(table.methods),
+        "rows": [
+            {"settings": row.settings, "cells": [_plain_cell(label, cell) for label, cell in row.cells.items()]}
+            for row in table.rows
+        ],
+        "named": list(table.named),
+    }
+
+
+def _plain_cell(label: str, cell: Cell) -> dict[str, Any]:
+    return {
+        "method": label,
+        **asdict(cell.summary),
+        "seeds": list(cell.values),
+        "values": list(cell.values.values()),
+        "runs": [str(run.folder) for run in cell.runs.values()],
+        "difference": None if cell.difference is None else _plain_difference(cell.difference),
+    }
+
+
+def _plain_difference(difference: Difference) -> dict[str, Any]:
+    adjusted = {"p_holm": difference.p_holm, "p_holm_permutation": difference.p_holm_permutation}
+    return {**asdict(difference.paired), **adjusted, "seeds": list(difference.seeds)}
+
+
+def to_csv(tables: Sequence[Table]) -> str:
+    """One line per cell of all tables; lists are separated by a semicolon; an empty field is undefined."""
+    axes = list(dict.fromkeys(axis for table in tables for axis in table.axes))
+    differences = [f"difference_{name}" for name in _DIFFERENCE_FIELDS]
+    names = ["experiment", "metric", "epoch", *axes, *_CELL_FIELDS, "baseline", *differences]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
+    writer.writeheader()
+    for table in tables:
+        for row in table.rows:
+            writer.writerows(_csv_line(table, row, label, cell) for label, cell in row.cells.items())
+    return text.getvalue()
+
+
+def _csv_line(table: Table, row: Row, label: str, cell: Cell) -> dict[str, Any]:
+    content = _plain_cell(label, cell)
+    difference = content.pop("difference") or {}
+    line = {key: ";".join(map(str, value)) if isinstance(value, list) else value for key, value in content.items()}
+    line |= {"experiment": table.experiment, "metric": table.metric, "epoch": "best" if table.best else "final"}
+    line |= {name: plain(value) for name, value in row.settings.items()}
+    line |= {f"difference_{key}": difference[key] for key in _DIFFERENCE_FIELDS if key in difference}
+    return line | {"baseline": table.baseline}

@@ -1,0 +1,167 @@
+"""Means, intervals and tests for a handful of seeds.
+
+Letters: n runs (or pairs), x values, d differences. A quantity that its data do not define
+is ``None``, never nan: the documentation of each function says when.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+MOST_PAIRS = 40  # the exact permutation test enumerates 2^(n/2) sums
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Mean and spread of n values."""
+
+    n: int
+    mean: float | None  # None for n = 0
+    std: float | None  # None for n < 2
+
+
+@dataclass(frozen=True)
+class PairedDifference:
+    """A method minus the baseline, over the seeds that both have."""
+
+    n: int
+    mean: float | None  # None for n = 0
+    low: float | None  # None for n < 2, as is high
+    high: float | None
+    p_t: float | None  # None for n < 2 and for differences without spread
+    p_permutation: float | None  # None for n = 0 and for n > MOST_PAIRS
+
+
+def summarise(values: Sequence[float]) -> Summary:
+    """Mean and sample standard deviation, s^2 = sum (x - mean)^2 / (n - 1).
+
+    Example:
+        >>> summarise([1.0, 2.0, 3.0])
+        Summary(n=3, mean=2.0, std=1.0)
+        >>> summarise([5.0])
+        Summary(n=1, mean=5.0, std=None)
+    """
+    x = _finite(values)
+    mean = float(x.mean()) if x.size else None
+    std = float(x.std(ddof=1)) if x.size > 1 else None
+    return Summary(x.size, mean, std)
+
+
+def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
+    """Student's interval of a mean: mean -+ t_(n-1, (1 + level) / 2) s / sqrt(n).
+
+    Returns:
+        (low, high); both are the mean where all values are equal; ``None`` for n < 2.
+    """
+    x = _finite(values)
+    if x.size < 2:
+        return None
+    half = stats.t.ppf((1 + level) / 2, x.size - 1) * x.std(ddof=1) / math.sqrt(x.size)
+    return float(x.mean() - half), float(x.mean() + half)
+
+
+def paired_difference(
+    treated: Sequence[float], baseline: Sequence[float], resolution: float = 0.0, level: float = 0.95
+) -> PairedDifference:
+    """Compare two methods pair by pair: d_i = treated_i - baseline_i.
+
+    Args:
+        treated: values of the method, in the order of their seeds.
+        baseline: values of the baseline with the same seeds, in the same order.
+        resolution: rounding of the values as stored; differences that agree to it are equal.
+        level: of the interval.
+
+    Raises:
+        ValueError: different lengths, or a value that is not finite.
+    """
+    a, b = _finite(treated), _finite(baseline)
+    if a.size != b.size:
+        raise ValueError(f"expected pairs, got {a.size} and {b.size} values; match them by seed.")
+    d = a - b
+    low, high = t_interval(d, level) or (None, None)
+    rounding = 2 * resolution + 64 * np.finfo(float).eps * max(np.abs(a).max(), np.abs(b).max()) if d.size else 0.0
+    p_permutation = sign_flip_p(d, rounding) if 0 < d.size <= MOST_PAIRS else None
+    return PairedDifference(d.size, summarise(d).mean, low, high, paired_t_p(d, rounding), p_permutation)
+
+
+def paired_t_p(differences: Sequence[float], rounding: float = 0.0) -> float | None:
+    """Two-sided p of Student's paired test: t = mean(d) / (s / sqrt(n)) with n - 1 degrees.
+
+    Returns:
+        ``None`` for n < 2, and where the differences spread by no more than ``rounding``:
+        t is then 0/0 or infinite, and says nothing about other seeds.
+    """
+    d = _finite(differences)
+    if d.size < 2 or np.ptp(d) <= rounding:
+        return None
+    t = d.mean() / (d.std(ddof=1) / math.sqrt(d.size))
+    return float(2 * stats.t.sf(abs(t), d.size - 1))
+
+
+def sign_flip_p(differences: Sequence[float], rounding: float = 0.0) -> float:
+    """Exact two-sided permutation p: were the two methods alike, each d_i could as well be -d_i.
+
+    p = #{s in {-1, 1}^n : |sum_i s_i d_i| >= |sum_i d_i|} / 2^n, so p >= 2^(1 - n).
+
+    All 2^n patterns are counted by halves: a sum is l + r with l from the first half of the
+    pairs and r from the second; for each l the fitting r are a range of the sorted r.
+
+    Args:
+        differences: d, 1 to ``MOST_PAIRS`` of them.
+        rounding: error of one difference; sums that agree to n times it are tied.
+
+    Raises:
+        ValueError: no difference, more than ``MOST_PAIRS``, or one that is not finite.
+
+    Example:
+        >>> sign_flip_p([1.0, 1.0, 1.0])
+        0.25
+    """
+    d = _finite(differences)
+    if not 0 < d.size <= MOST_PAIRS:
+        raise ValueError(f"expected 1 to {MOST_PAIRS} differences, got {d.size}; use a paired t-test for more.")
+    threshold = abs(d.sum()) - d.size * rounding - 1e-12 * np.abs(d).sum()
+    if threshold <= 0:
+        return 1.0
+    left, right = _signed_sums(d[: d.size // 2]), np.sort(_signed_sums(d[d.size // 2 :]))
+    above = right.size - np.searchsorted(right, threshold - left, side="left")
+    below = np.searchsorted(right, -threshold - left, side="right")
+    return float((above.sum() + below.sum()) / 2.0**d.size)
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's step-down adjustment: p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)), m p-values.
+
+    Source: Holm, A simple sequentially rejective multiple test procedure, 1979. ``None``
+    stays ``None`` and is not one of the m.
+
+    Example:
+        >>> holm([0.01, None, 0.04])
+        [0.02, None, 0.04]
+    """
+    known = [i for i, p in enumerate(p_values) if p is not None]
+    adjusted: list[float | None] = [None] * len(p_values)
+    largest = 0.0
+    for rank, i in enumerate(sorted(known, key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(known) - rank) * p_values[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def _signed_sums(d: np.ndarray) -> np.ndarray:
+    sums = np.zeros(1)
+    for value in d:
+        sums = np.concatenate([sums - value, sums + value])
+    return sums
+
+
+def _finite(values: Sequence[float]) -> np.ndarray:
+    x = np.asarray(values, dtype=float)
+    if not np.isfinite(x).all():
+        raise ValueError(f"expected finite values, got {x[~np.isfinite(x)][0]}; leave that run out.")
+    return x

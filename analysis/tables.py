@@ -1,0 +1,109 @@
+"""Accuracy tables from run folders.
+
+    python analysis/tables.py --runs runs --experiment cifar_resnet
+
+One table per experiment: a row per configuration, a column per method, mean ± sample standard
+deviation (n) of the final epoch, and each method's difference from the baseline, paired by
+seed. Runs that are unfinished, failed or damaged, and missing seeds, are named below the table.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from analysis.comparison import Table, build_table
+from analysis.load import InputError, Run, load_runs, nearest
+from analysis.rendering import render
+
+_SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
+EXIT_NAMED = 1
+EXIT_BAD_INPUT = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print or write the tables; returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        tables = tables_of(options.runs, options.experiment, options.metric, options.baseline, options.best)
+        _write(tables, options.format, options.out)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Tables from run folders: mean ± sample std (n) per configuration and method."
+    )
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
+    parser.add_argument("--experiment", help="only this experiment (default: all)")
+    parser.add_argument("--metric", default="test/top1", help="TensorBoard tag (default: %(default)s)")
+    parser.add_argument("--baseline", help="method that the others are compared with (default: vanilla)")
+    parser.add_argument("--best", action="store_true", help="each run's best epoch, which selects on the test set")
+    parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
+    parser.add_argument("--out", type=Path, help="write one file per experiment into this folder instead of printing")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
+    return parser
+
+
+def tables_of(
+    root: Path,
+    experiment: str | None = None,
+    metric: str = "test/top1",
+    baseline: str | None = None,
+    best: bool = False,
+) -> list[Table]:
+    """A table per experiment under ``root``.
+
+    Raises:
+        InputError: a folder, an experiment, a metric or a baseline that does not exist.
+    """
+    runs = load_runs(root, experiment)
+    _require_metric([run for group in runs.values() for run in group], metric)
+    tables = [build_table(name, group, metric, baseline or "vanilla", best) for name, group in runs.items()]
+    if baseline is not None and all(table.baseline is None for table in tables):
+        known = nearest(baseline, {label for table in tables for label in table.methods})
+        raise InputError(f"expected --baseline to be one method, got {baseline}; nearest: {known}.")
+    return tables
+
+
+def _require_metric(runs: Sequence[Run], metric: str) -> None:
+    known = {tag for run in runs if run.usable for tag in run.events.series}
+    if known and not any(metric in run.events.series for run in runs):
+        raise InputError(f"no run has the metric {metric}; nearest: {nearest(metric, known)}.")
+
+
+def _write(tables: Sequence[Table], form: str, out: Path | None) -> None:
+    if out is None:
+        print(render(tables, form), end="")
+    else:
+        _write_files(tables, form, out)
+    if form == "csv":  # has no place for sentences
+        for sentence in (sentence for table in tables for sentence in table.named):
+            print(sentence, file=sys.stderr)
+
+
+def _write_files(tables: Sequence[Table], form: str, out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for table in tables:
+            selection = "-best" if table.best else ""
+            path = out / f"{table.experiment}-{table.metric.replace('/', '-')}{selection}.{_SUFFIX[form]}"
+            path.write_text(render([table], form), encoding="utf-8")
+            print(path)
+    except OSError as error:
+        raise InputError(f"expected --out to be a folder to write to, got {out} ({error.strerror}).") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

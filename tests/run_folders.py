@@ -1,0 +1,92 @@
+"""Synthetic run folders with known numbers, written by TensorBoard's own writers."""
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import yaml
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+
+ATTEMPT = {
+    "started": "2025-01-01T00:00:00+00:00",
+    "commit": "0123456789abcdef",
+    "dirty": False,
+    "command": "python experiments/demo.py",
+    "packages": {"torch": "2.15.0"},
+    "hardware": {"device": "cpu"},
+    "resumed_from_step": 0,
+}
+
+
+def configuration(seed=0, method="vanilla", epochs=5, model="small", lr=0.1, **top):
+    options = method if isinstance(method, dict) else {"name": method}
+    return {
+        "experiment": "demo",
+        "seed": seed,
+        "epochs": epochs,
+        "batch_size": 128,
+        "model": {"name": model, "_target_": f"models.{model}", "depth": len(model)},
+        "data": {"name": "digits", "root": "data"},
+        "method": {"_target_": f"methods.{options['name']}", **options},
+        "optim": {"name": "sgd", "lr": lr, "betas": [0.9, 0.99]},
+        "schedule": {"name": "cosine"},
+        "runtime": {"device": "cpu", "workers": seed, "data_dir": "data"},
+        **top,
+    }
+
+
+def curve(seed, method, epochs=5, level=70.0):
+    """A deterministic curve of accuracies, different for every seed and method."""
+    digest = hashlib.sha256(f"{seed} {method} {level}".encode()).digest()
+    noise = np.random.default_rng(list(digest)).normal(size=epochs)
+    return [float(v) for v in level + np.arange(epochs) + noise]
+
+
+def write_run(runs, config, top1, finished=True, attempts=(ATTEMPT,), experiment="demo", result=None, failure=None):
+    """A run folder; ``top1`` are the accuracies of epochs 1, 2, ...; returns its path."""
+    text = json.dumps({key: value for key, value in config.items() if key != "runtime"}, sort_keys=True)
+    name = f"{config['model']['name']}-{config['method']['name']}-s{config['seed']}"
+    folder = Path(runs) / experiment / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "provenance.json").write_text(json.dumps({"attempts": list(attempts)}))
+    with SummaryWriter(str(folder)) as writer:
+        for epoch, value in enumerate(top1, start=1):
+            for step in range(10 * epoch - 10, 10 * epoch):
+                writer.add_scalar("train/loss", 1 / (step + 1), step)
+            writer.add_scalar("test/top1", value, epoch)
+            writer.add_scalar("test/loss", 1 - value / 100, epoch)
+    if finished:
+        metrics = {"test/top1": top1[-1]} if len(top1) else {}
+        content = {"config_hash": folder.name[-8:], "epochs": config["epochs"], "metrics": metrics, "attempts": 1}
+        (folder / "result.json").write_text(json.dumps(content | (result or {})))
+    if failure is not None:
+        (folder / "failure.json").write_text(json.dumps(failure))
+    return folder
+
+
+def event_file(folder):
+    (path,) = folder.glob("events.out.tfevents.*")
+    return path
+
+
+def write_events(path, events):
+    """An event file of exactly these events, framed by TensorBoard's own record writer."""
+    with open(path, "wb") as file:
+        writer = RecordWriter(file)
+        for event in [Event(wall_time=1.0, file_version="brain.Event:2"), *events]:
+            writer.write(event.SerializeToString())
+
+
+def record_offsets(path):
+    """The first byte of every record, and the size of the file."""
+    content = path.read_bytes()
+    offsets = [0]
+    while offsets[-1] < len(content):
+        (length,) = struct.unpack_from("<Q", content, offsets[-1])
+        offsets.append(offsets[-1] + 8 + 4 + length + 4)
+    return offsets

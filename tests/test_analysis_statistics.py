@@ -1,0 +1,149 @@
+"""Statistics by two routes: ours beside scipy, statsmodels, brute force and simulation."""
+
+import doctest
+import itertools
+import math
+import warnings
+
+import numpy as np
+import pytest
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from analysis import grouping, rendering, statistics
+from analysis.statistics import holm, paired_difference, paired_t_p, sign_flip_p, summarise, t_interval
+
+SIZES = (2, 3, 5, 9)
+
+
+def _pairs(n, seed=0):
+    rng = np.random.default_rng([n, seed])
+    return rng.normal(71, 1, n), rng.normal(70, 1, n)
+
+
+@pytest.mark.parametrize("module", [statistics, grouping, rendering])
+def test_examples_in_the_documentation_are_true(module):
+    outcome = doctest.testmod(module)
+    assert outcome.attempted > 0
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_summary_is_numpys(n):
+    x, _ = _pairs(n)
+    summary = summarise(x)
+    assert (summary.n, summary.mean, summary.std) == (n, np.mean(x), np.std(x, ddof=1))
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("level", [0.5, 0.95, 0.99])
+def test_interval_is_scipys(n, level):
+    x, _ = _pairs(n)
+    assert t_interval(x, level) == pytest.approx(stats.ttest_1samp(x, 0).confidence_interval(level), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_paired_difference_is_scipys(n):
+    a, b = _pairs(n)
+    own, oracle = paired_difference(a, b), stats.ttest_rel(a, b)
+    assert own.n == n
+    assert own.mean == pytest.approx(np.mean(a) - np.mean(b))
+    assert own.p_t == pytest.approx(oracle.pvalue, rel=1e-12)
+    assert (own.low, own.high) == pytest.approx(oracle.confidence_interval(0.95), rel=1e-12)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_permutation_p_is_scipys_exact_one(n):
+    a, b = _pairs(n, seed=1)
+    oracle = stats.permutation_test(
+        (a, b),
+        lambda x, y, axis: np.mean(x - y, axis=axis),
+        permutation_type="samples",
+        n_resamples=np.inf,
+        vectorized=True,
+    )
+    assert paired_difference(a, b).p_permutation == pytest.approx(oracle.pvalue, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", range(1, 9))
+def test_permutation_p_counts_all_sign_patterns_and_ties(n):
+    for seed in range(20):
+        d = np.random.default_rng([n, seed]).integers(-3, 4, n)  # whole numbers: many exact ties
+        patterns = itertools.product((-1, 1), repeat=n)
+        count = sum(abs(np.dot(signs, d)) >= abs(d.sum()) for signs in patterns)
+        assert sign_flip_p(d) == count / 2**n
+        assert sign_flip_p(0.1 * d) == count / 2**n
+
+
+def test_permutation_p_of_many_pairs_is_exact_and_approaches_the_normal_limit():
+    d = np.random.default_rng(0).normal(0.2, 1, 40)
+    limit = 2 * stats.norm.sf(abs(d.sum()) / np.sqrt((d**2).sum()))
+    assert sign_flip_p(d) == pytest.approx(limit, abs=0.01)
+    with pytest.raises(ValueError, match="expected 1 to 40"):
+        sign_flip_p(np.ones(41))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ties_within_the_rounding_of_stored_values_are_ties(seed):
+    hundredths = np.random.default_rng(seed).integers(-3, 4, 6)  # accuracies on a grid of 0.01
+    base = 71 + np.arange(6) / 10
+    stored_a, stored_b = (base + hundredths / 100).astype(np.float32), base.astype(np.float32)
+    patterns = itertools.product((-1, 1), repeat=6)
+    count = sum(abs(np.dot(signs, hundredths)) >= abs(hundredths.sum()) for signs in patterns)
+    spacing = float(np.spacing(np.float32(72)))
+    assert paired_difference(stored_a, stored_b, spacing).p_permutation == count / 64
+
+
+def test_permutation_and_t_p_do_not_depend_on_direction():
+    a, b = _pairs(6)
+    forth, back = paired_difference(a, b), paired_difference(b, a)
+    assert (forth.p_permutation, forth.p_t) == (back.p_permutation, back.p_t)
+    assert (forth.mean, forth.low, forth.high) == (-back.mean, -back.high, -back.low)
+
+
+def test_cases_that_define_nothing_give_none_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nothing, one = paired_difference([], []), paired_difference([71.0], [70.0])
+        equal, shifted = paired_difference([70.0, 71.0], [70.0, 71.0]), paired_difference([70.1, 71.1], [70.0, 71.0])
+    assert (nothing.n, nothing.mean, nothing.low, nothing.p_t, nothing.p_permutation) == (0, None, None, None, None)
+    assert (one.n, one.mean, one.low, one.high, one.p_t, one.p_permutation) == (1, 1.0, None, None, None, 1.0)
+    assert (equal.mean, equal.low, equal.high, equal.p_t, equal.p_permutation) == (0, 0, 0, None, 1.0)
+    assert (shifted.p_t, shifted.p_permutation) == (None, 0.5)
+    assert shifted.low == pytest.approx(0.1)
+    assert (summarise([]).mean, summarise([1.0]).std, t_interval([1.0]), paired_t_p([1.0])) == (None, None, None, None)
+
+
+def test_bad_values_are_refused():
+    with pytest.raises(ValueError, match="finite"):
+        summarise([1.0, math.nan])
+    with pytest.raises(ValueError, match="expected pairs, got 2 and 1"):
+        paired_difference([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_holm_is_statsmodels(seed):
+    p = np.random.default_rng(seed).choice([0.001, 0.01, 0.02, 0.04, 0.2, 0.6, 1.0], size=1 + seed)
+    assert holm(list(p)) == pytest.approx(multipletests(p, method="holm")[1], rel=1e-12)
+
+
+def test_holm_leaves_out_what_is_not_defined():
+    assert holm([None, 0.03, None, 0.01]) == [None, *holm([0.03]), None, 0.02]
+    assert holm([]) == []
+
+
+@pytest.mark.parametrize("n", [2, 5])
+def test_the_interval_covers_the_truth_as_often_as_it_says(n):
+    rng = np.random.default_rng(0)
+    trials = 4000
+    hits = sum(low <= 0.3 <= high for low, high in (t_interval(rng.normal(0.3, 2.0, n)) for _ in range(trials)))
+    assert abs(hits / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
+
+
+def test_under_the_null_hypothesis_p_values_are_small_no_more_often_than_they_say():
+    rng = np.random.default_rng(1)
+    found = [paired_difference(rng.normal(size=6), rng.normal(size=6)) for _ in range(2000)]
+    for level in (0.05, 0.25, 0.5):
+        margin = 4 * math.sqrt(level * (1 - level) / len(found))
+        assert abs(np.mean([d.p_t <= level for d in found]) - level) < margin
+        assert np.mean([d.p_permutation <= level for d in found]) < level + margin
