@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.nn as nn
+from torch import Tensor
 
-from tract.layers import tract_layers
+from tract.layers import TrActLayer, tract_layers
 
 
 @contextmanager
@@ -22,7 +23,8 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     layers gather plain gradients and second moments; leaving it applies the inverse once
     (over all ranks, unless ``statistics="local"``). Leave it before the optimizer step and,
     with fp16, before ``scaler.unscale_``. Gradients that were there before are added
-    unchanged. If the body raises, the statistics are dropped.
+    unchanged. After an error the layers are as they were before, and so are the gradients of
+    their weights.
 
     With DistributedDataParallel use ``no_sync()`` for all micro-batches but the last, as
     without TrAct. A penalty on the wrapped weight itself belongs after the context.
@@ -41,12 +43,15 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     layers = list(tract_layers(model))
     if not layers:
         raise ValueError("expected a model with a TrAct layer, got none; call tract.apply_tract(model) first.")
-    earlier = [layer.begin_accumulation() for layer in layers]
+    begun: list[tuple[TrActLayer, Tensor | None]] = []
     try:
-        yield
-    except BaseException:
         for layer in layers:
+            begun.append((layer, layer.begin_accumulation()))
+        yield
+        for layer, earlier in begun:
+            layer.end_accumulation(earlier)
+    except BaseException:
+        for layer, earlier in begun:
             layer.drop_accumulation()
+            layer.weight.grad = earlier
         raise
-    for layer, gradient in zip(layers, earlier, strict=True):
-        layer.end_accumulation(gradient)

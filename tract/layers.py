@@ -260,10 +260,11 @@ def tract_layers(model: nn.Module) -> Iterator[TrActLayer]:
 
 
 def _same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    # The containers are copied, what they contain is not: parameters and hooks are shared.
+    # Tensors are shared but not the tables that name them. The tables of hooks are shared too,
+    # so that the handle of a hook still removes it.
     twin = kind.__new__(kind)
     for name, value in vars(layer).items():
-        twin.__dict__[name] = value.copy() if isinstance(value, dict) else value
+        twin.__dict__[name] = value.copy() if name in ("_parameters", "_buffers", "_modules") else value
     return twin
 
 
@@ -279,6 +280,11 @@ def _require_wrappable(layer: nn.Module) -> None:
         elif isinstance(layer, tuple(WRAPPED)):
             cure = "remove the parametrization or use the plain class, since a subclass may compute something else."
         raise TypeError(f"TrAct supports {known}, got {kind.__name__}; {cure}")
+    if "weight" not in layer._parameters:
+        raise TypeError(
+            f"expected a {kind.__name__} whose weight is a parameter, got one that is computed from others "
+            "(weight norm, pruning); remove the parametrization."
+        )
 
 
 def _resolve_lambda(lambda_: float | None, l: float | None) -> float:  # noqa: E741

@@ -53,5 +53,9 @@ class Method:
         yield "test", model
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """(tag, value) pairs to log at each evaluation, tags under the method's name."""
+        """(tag, value) pairs to log at each evaluation, tags under the method's name.
+
+        Only of what a checkpoint holds (weights, buffers, the method's own state), not of
+        gradients: a run resumed just before an evaluation must log the same.
+        """
         return iter(())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
+import torch
 import torch.nn as nn
 
 from tract.accumulation import accumulate
@@ -35,8 +36,9 @@ class TrActMethod(Method):
         return accumulate(model)
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """Frobenius norms of the first layer's weight and of its last TrAct gradient."""
+        """Frobenius norm and stable rank |W|_F^2 / |W|_2^2 of the first layer's weight, as an (m, n) matrix."""
         for layer in tract_layers(model):
-            yield "tract/weight_norm", layer.weight.detach().norm().item()
-            if layer.weight.grad is not None:
-                yield "tract/gradient_norm", layer.weight.grad.norm().item()
+            singular_values = torch.linalg.svdvals(layer.weight.detach().float().flatten(1))
+            squared_norm = singular_values.square().sum()
+            yield "tract/weight_norm", squared_norm.sqrt().item()
+            yield "tract/weight_stable_rank", (squared_norm / singular_values[0].square()).item()

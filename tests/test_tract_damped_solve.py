@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+from tests.tract_layers import error
+from tract.damped_solve import damped_solve, damped_solve_dual, effective_damping
+
+EPS = torch.finfo(torch.float64).eps
+SIZES = [(1, 4, 6, 30), (1, 4, 6, 3), (3, 2, 5, 8), (3, 2, 5, 1), (1, 1, 1, 1), (2, 7, 40, 12)]
+
+
+def _problem(g, m, n, b):
+    rows = torch.randn(g, n, b).double()
+    return torch.randn(g, m, n).double(), rows, rows @ rows.mT / b
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_product_times_damped_moment_gives_the_gradient_back(size, damping):
+    gradient, rows, moment = _problem(*size)
+    damped = moment + damping * torch.eye(size[2]).double()
+    product, succeeded = damped_solve(gradient, moment, damping)
+    dual_product, dual_succeeded = damped_solve_dual(gradient, rows, damping)
+    assert succeeded
+    assert dual_succeeded
+    assert error(product @ damped, gradient) < 1e-11
+    assert error(dual_product @ damped, gradient) < 1e-11
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("size", SIZES)
+def test_dual_form_equals_primal_form(size, damping):
+    gradient, rows, moment = _problem(*size)
+    primal, dual = damped_solve(gradient, moment, damping)[0], damped_solve_dual(gradient, rows, damping)[0]
+    assert error(dual, primal) < 1e-10
+
+
+@pytest.mark.parametrize("solve", [damped_solve, damped_solve_dual])
+def test_groups_are_solved_one_by_one(solve):
+    gradient, rows, moment = _problem(3, 2, 5, 4)
+    statistics = moment if solve is damped_solve else rows
+    apart = [solve(gradient[i : i + 1], statistics[i : i + 1], 0.1)[0] for i in range(3)]
+    torch.testing.assert_close(solve(gradient, statistics, 0.1)[0], torch.cat(apart), rtol=1e-13, atol=1e-13)
+
+
+def test_solution_is_linear_in_the_gradient():
+    gradient, _, moment = _problem(2, 4, 6, 30)
+    product = damped_solve(gradient, moment, 0.1)[0]
+    assert torch.equal(damped_solve(gradient * 2**16, moment, 0.1)[0], product * 2**16)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e8, 1e20])
+def test_effective_damping_is_damping_or_eight_roundings_of_the_trace_whichever_is_larger(scale):
+    trace = scale * torch.tensor([0.0, 1.0, 5.0]).double()
+    for value, t in zip(effective_damping(0.1, trace), trace, strict=True):
+        assert value == max(0.1, 8 * EPS * t)
+
+
+@pytest.mark.parametrize("n", [2, 50, 400])
+@pytest.mark.parametrize("scale", [1.0, 255.0**2, 1e15])
+def test_a_moment_of_rank_one_can_always_be_factorised(n, scale):
+    moment = scale * torch.ones(1, n, n).double()
+    product, succeeded = damped_solve(torch.randn(1, 3, n), moment, 1e-30)
+    assert succeeded
+    assert product.isfinite().all()
+
+
+def test_an_indefinite_or_non_finite_moment_is_reported():
+    gradient, _, moment = _problem(1, 2, 3, 9)
+    assert not damped_solve(gradient, moment - 100 * torch.eye(3), 0.1)[1]
+    assert not damped_solve(gradient, moment * torch.nan, 0.1)[1]

@@ -1,0 +1,34 @@
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+from tests import tract_distributed_worker as worker
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+
+def _check(law, world, folder):
+    """Run a law of `tract_distributed_worker` on every rank; an error of any rank is raised here."""
+    multiprocessing.spawn(worker.main, args=(world, folder / "init", law.__name__), nprocs=world)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ddp_gradient_is_plain_ddp_gradient_times_inverse_of_global_second_moment(world, tmp_path):
+    _check(worker.global_second_moment, world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_accumulation_over_ranks_and_micro_batches_counts_as_one_batch(world, tmp_path):
+    _check(worker.global_accumulation, world, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "law", [worker.local_second_moment, worker.local_accumulation, worker.non_finite_input_of_one_rank]
+)
+def test_law_on_two_ranks(law, tmp_path):
+    _check(law, 2, tmp_path)
+
+
+def test_a_failing_rank_fails_the_test(tmp_path):
+    with pytest.raises(multiprocessing.ProcessRaisedException, match="AssertionError"):
+        _check(worker.failing_law, 2, tmp_path)

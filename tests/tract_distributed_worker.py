@@ -1,0 +1,119 @@
+"""The laws that every rank of a process group checks; a failed assertion ends its process with an error."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+from tests import reference
+from tests.tract_layers import LAYERS, error
+from tract import NonFiniteError, accumulate, apply_tract
+
+STEMS = ("linear", "linear few rows", "conv2d groups", "conv2d few rows", "conv1d same")
+SPLITS = {"equal": (3, 3, 3, 3), "unequal": (5, 1, 2, 4)}
+
+
+def main(rank, world, init_file, law):
+    """Join the process group and check one law."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{init_file}", rank=rank, world_size=world)
+    globals()[law](rank, world)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _problem(stem, sizes, rank, **options):
+    """Plain model, DDP models without and with TrAct, and this rank's inputs; equal models on all ranks."""
+    torch.manual_seed(0)
+    kind, arguments, layer_options, shape = LAYERS[stem]
+    plain = nn.Sequential(kind(*arguments, **layer_options), nn.Tanh()).double()
+    wrapped = copy.deepcopy(plain)
+    apply_tract(wrapped, 0.1, **options)
+    batches = torch.randn(sum(sizes), *shape[1:]).double().split(sizes)
+    return (
+        plain,
+        DistributedDataParallel(copy.deepcopy(plain)),
+        DistributedDataParallel(wrapped),
+        batches[rank],
+        batches,
+    )
+
+
+def _gradients(model, x):
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def _assert_gradients(actual, plain_gradients, moment):
+    """The first gradient is preconditioned, all others are those of plain DDP."""
+    first, *others = plain_gradients
+    assert error(actual[0], reference.preconditioned(first, moment, 0.1)) < 1e-10
+    assert all(torch.equal(a, b) for a, b in zip(actual[1:], others, strict=True))
+
+
+def global_second_moment(rank, world):
+    """DDP gradient = plain DDP gradient times the inverse over the union of all ranks' rows."""
+    for stem in STEMS:
+        for split in SPLITS.values():
+            plain, ddp, wrapped, x, batches = _problem(stem, split[:world], rank)
+            moment = reference.second_moment(plain[0], torch.cat(batches[:world]))
+            _assert_gradients(_gradients(wrapped, x), _gradients(ddp, x), moment)
+
+
+def local_second_moment(rank, world):
+    """With statistics="local" each rank applies the inverse of its own rows, and DDP averages the products."""
+    for stem in STEMS:
+        plain, _, wrapped, x, batches = _problem(stem, SPLITS["unequal"][:world], rank, statistics="local")
+        own = [
+            reference.preconditioned(_gradients(plain, batch)[0], reference.second_moment(plain[0], batch), 0.1)
+            for batch in batches
+        ]
+        assert error(_gradients(wrapped, x)[0], sum(own) / world) < 1e-10
+
+
+def _accumulated(model, parts, context):
+    model.zero_grad()
+    with context:
+        for i, part in enumerate(parts):
+            with nullcontext() if i == len(parts) - 1 else model.no_sync():
+                model(part).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+def global_accumulation(rank, world):
+    """All micro-batches of all ranks count as one batch, also where their numbers differ."""
+    for stem in STEMS:
+        sizes = (4, 6, 2, 3)[:world]
+        plain, ddp, wrapped, x, batches = _problem(stem, sizes, rank)
+        moment = reference.second_moment(plain[0], torch.cat(batches))
+        parts = x.split(1 + rank)
+        actual = _accumulated(wrapped, parts, accumulate(wrapped))
+        _assert_gradients(actual, _accumulated(ddp, parts, nullcontext()), moment)
+
+
+def local_accumulation(rank, world):
+    """With statistics="local" accumulation applies the inverse of this rank's own micro-batches."""
+    for stem in STEMS:
+        plain, ddp, wrapped, x, _ = _problem(stem, (4,) * world, rank, statistics="local")
+        parts = x.split([1, 3])
+        actual = _accumulated(wrapped, parts, accumulate(wrapped))
+        moment = reference.second_moment(plain[0], x)
+        _assert_gradients(actual, _accumulated(ddp, parts, nullcontext()), moment)
+
+
+def non_finite_input_of_one_rank(rank, world):
+    """The global second moment is bad everywhere, so every rank raises and none waits for the others."""
+    for stem in STEMS:
+        _, _, wrapped, x, _ = _problem(stem, (3,) * world, rank)
+        with pytest.raises(NonFiniteError, match="layer 0: expected finite inputs"):
+            wrapped(x / 0 if rank == 1 else x)
+
+
+def failing_law(rank, world):
+    """One rank fails: the test that starts it must notice."""
+    assert rank != world - 1
