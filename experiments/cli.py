@@ -5,16 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 from experiments.config import (
     Config,
     choices_of,
     compose_config,
+    from_tree,
     load_config,
     parse_overrides,
     parse_single,
+    to_tree,
 )
-from experiments.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, RunBusyError, TrainingFailedError, UserError
+from experiments.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, RunBusyError, TrainingFailedError, UserError, nearest
 from experiments.grid import grids, plan, relative
 
 
@@ -32,7 +35,7 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
     """
     parser = _parser(experiment, description, grid)
     try:
-        options, unknown = parser.parse_known_args(arguments)
+        options, unknown = parser.parse_known_intermixed_args(arguments)
         for word in unknown:
             raise UserError(
                 f"unknown flag {word}; the flags are --local, --submit, --dry-run, --resume RUN, --pdb, --help."
@@ -47,6 +50,11 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
     except TrainingFailedError as error:
         print(f"failed: {error}", file=sys.stderr)
         return 1
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help shows the flags.")
 
 
 def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
@@ -99,15 +107,27 @@ def _run_here(config: Config, debugger: bool) -> int:
 
 def _replay(folder: str, overrides: list[str]) -> Config:
     """The configuration of a run folder; only ``runtime`` may be changed."""
-    config = load_config(Path(folder) / "config.yaml")
-    changes = parse_single(overrides)
-    for key, value in changes.items():
+    from experiments.training.run import folder_of
+
+    tree = to_tree(load_config(Path(folder) / "config.yaml"))
+    runtime = tree["runtime"]
+    shared_root = tree["data"].get("root") == runtime["data_dir"]
+    runtime["runs"] = str(Path(folder).resolve().parents[1])
+    runtime |= {"deadline_minutes": None, "progress": True}  # these were an earlier start's
+    for key, value in parse_single(overrides).items():
         name = key.removeprefix("runtime.")
-        if name == key or not hasattr(config.runtime, name):
+        if name == key:
             raise UserError(f"expected only runtime.* beside --resume, got {key}; other values make another run.")
-        setattr(config.runtime, name, value)
-    if "runtime.runs" not in changes:
-        config.runtime.runs = str(Path(folder).resolve().parents[1])
+        if name not in runtime:
+            raise UserError(f"unknown key {key}; {nearest(key, (f'runtime.{name}' for name in runtime))}.")
+        runtime[name] = value
+    if shared_root:
+        tree["data"]["root"] = runtime["data_dir"]
+    config = from_tree(tree)
+    if folder_of(config).resolve() != Path(folder).resolve():
+        raise UserError(
+            f"expected the folder of this configuration, {folder_of(config)}, got {folder}; give it back its name."
+        )
     return config
 
 
@@ -118,7 +138,7 @@ def _jobs(values: list) -> int:
 
 
 def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python experiments/{experiment}.py",
         description=description,
         epilog=(

@@ -13,6 +13,7 @@ import hashlib
 import inspect
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -113,10 +114,18 @@ def parse_overrides(arguments: list[str]) -> dict[str, list[Any]]:
             (override,) = OverridesParser.create().parse_overrides([text])
         except OverrideParseException:
             raise UserError(f"expected key=value, got {text!r}; strings with special characters need quotes.") from None
-        if not text.startswith(override.key_or_group):
-            raise UserError(f"expected key=value, got {text!r}; every key exists already, so + and ~ are not needed.")
-        values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-        parsed[override.key_or_group] = [OmegaConf.create(v) if isinstance(v, dict | list) else v for v in values]
+        key = override.key_or_group
+        if not text.startswith(f"{key}="):
+            raise UserError(
+                f"expected key=value, got {text!r}; every key exists already, so +, ~ and @ are not needed."
+            )
+        if key in parsed:
+            raise UserError(f"{key} is given twice; several values are written {key}=A,B.")
+        try:
+            values = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+        except HydraException:
+            raise UserError(f"expected values one by one, got {text!r}; write {key}=A,B.") from None
+        parsed[key] = [OmegaConf.create(v) if isinstance(v, dict | list) else v for v in values]
     return parsed
 
 
@@ -167,7 +176,8 @@ def from_tree(tree: DictConfig | dict) -> Config:
         merged.recipe = {}
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise UserError(f"configuration: {_first_line(error)}") from None
+        where = f"bad value for {error.full_key}" if error.full_key else "configuration"
+        raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
     return config
 
@@ -239,9 +249,7 @@ def validate(config: Config) -> None:
     for key in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
         _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
     for key in ("max_steps", "micro_batch", "overfit_batches"):
-        _require(
-            getattr(config, key) is None or getattr(config, key) >= 1, key, "at least 1 or null", getattr(config, key)
-        )
+        _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
     _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)
     _require(
@@ -253,12 +261,22 @@ def validate(config: Config) -> None:
     _require(runtime.workers >= 0, "runtime.workers", "0 or more", runtime.workers)
     _require(runtime.keep_checkpoints >= 1, "runtime.keep_checkpoints", "at least 1", runtime.keep_checkpoints)
     _require(runtime.log_every >= 1, "runtime.log_every", "at least 1", runtime.log_every)
+    for key in ("threads", "checkpoint_steps"):
+        _require_one_or_null(f"runtime.{key}", getattr(runtime, key))
+    deadline = runtime.deadline_minutes
+    _require(deadline is None or deadline > 0, "runtime.deadline_minutes", "above 0 or null", deadline)
     for group in ("model", "data", "optim", "schedule", "method"):
         _check_component(group, getattr(config, group))
     rate = config.optim.get("lr")
-    _require(isinstance(rate, int | float) and rate > 0, "optim.lr", "a number above 0", rate)
+    _require(isinstance(rate, int | float) and 0 < rate < math.inf, "optim.lr", "a number above 0", rate)
     damping = config.method.get("lambda_", 1.0)
-    _require(isinstance(damping, int | float) and damping > 0, "method.lambda_", "a number above 0", damping)
+    _require(0 < damping < math.inf, "method.lambda_", "a number above 0", damping)
+    for key, value in options_of(config.model).items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            _require(value >= 1, f"model.{key}", "at least 1", value)
+    for key, value in {"data.padding": config.data, "schedule.warmup_epochs": config.schedule}.items():
+        number = value.get(key.split(".")[1], 0)
+        _require(number >= 0, key, "0 or more", number)
 
 
 def _check_component(group: str, node: dict[str, Any]) -> None:
@@ -267,27 +285,45 @@ def _check_component(group: str, node: dict[str, Any]) -> None:
     parameters = inspect.signature(get_object(node["_target_"])).parameters
     for key, value in options_of(node).items():
         if key not in parameters:
-            raise UserError(f"unknown key {group}.{key}; {nearest(key, options_of(node))}.")
+            raise UserError(f"unknown key {group}.{key}; {nearest(key, parameters)}.")
         expected = parameters[key].annotation
         if not _accepts(expected, value):
             raise UserError(f"expected {group}.{key} to be {_readable(expected)}, got {value!r}.")
 
 
 def _accepts(annotation: Any, value: Any) -> bool:
-    options = [option.strip() for option in str(annotation).split("|")]
     checks = {
         "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": isinstance(value, int | float) and not isinstance(value, bool),
+        "float": _is_number(value),
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
+        "list": isinstance(value, list) and all(map(_is_number, value)),
         "None": value is None,
     }
-    return any(checks.get(option, True) for option in options)
+    return any(checks.get(option, True) for option in _options(annotation))
 
 
 def _readable(annotation: Any) -> str:
-    words = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a word", "None": "null"}
-    return " or ".join(words.get(option.strip(), option.strip()) for option in str(annotation).split("|"))
+    words = {
+        "int": "a whole number",
+        "float": "a number",
+        "bool": "true or false",
+        "str": "a word",
+        "list": "a list of numbers",
+        "None": "null",
+    }
+    return " or ".join(words.get(option, option) for option in _options(annotation))
+
+
+def _options(annotation: Any) -> list[str]:
+    """["list", "None"] for ``tuple[float, float] | None``: what a value from YAML may be."""
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    options = (option.strip() for option in re.sub(r"(list|tuple)(\[.*?\])?", "list", text).split("|"))
+    return [option for option in options if option != "torch.Tensor"]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def choices_of(group: str) -> list[str]:
@@ -331,12 +367,17 @@ def _flat_keys(node: DictConfig, prefix: str = "") -> set[str]:
             keys |= _flat_keys(child, f"{path}.")
         else:
             keys.add(path)
-    return {key for key in keys if not key.endswith("_target_")}
+    # The script decides the experiment, the choice of a group the component and its name.
+    return {key for key in keys if key != "experiment" and not key.endswith(("_target_", ".name"))}
 
 
 def _require(condition: bool, key: str, expected: str, got: Any) -> None:
     if not condition:
         raise UserError(f"expected {key} to be {expected}, got {got!r}.")
+
+
+def _require_one_or_null(key: str, value: int | None) -> None:
+    _require(value is None or value >= 1, key, "at least 1 or null", value)
 
 
 def _first_line(error: Exception) -> str:

@@ -84,10 +84,10 @@ def run_grid(experiment: str, configs: list[Config], jobs: int) -> int:
 
 
 def _start(experiment: str, folder: Path, configs: dict[Path, Config], environment: dict[str, str]) -> _Started:
-    runtime = configs[folder].runtime
-    command = [sys.executable, str(_SCRIPTS / f"{experiment}.py"), "--resume", str(folder)]
-    places = {"runs": runtime.runs, "data_dir": runtime.data_dir, "device": runtime.device, "workers": runtime.workers}
-    command += [f"runtime.{key}={value}" for key, value in places.items()] + ["runtime.progress=false"]
+    command = [sys.executable, str(_SCRIPTS / f"{experiment}.py"), "--resume", str(folder), "runtime.progress=false"]
+    deadline = configs[folder].runtime.deadline_minutes
+    if deadline is not None:
+        command.append(f"runtime.deadline_minutes={deadline}")
     output = folder / "output.txt"
     with open(output, "ab") as file:
         # Its own process group: a Ctrl-C reaches it through us, once.

@@ -7,6 +7,8 @@ others go through loader processes. Both give the same bytes.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 from collections.abc import Iterator
 
@@ -110,17 +112,24 @@ class Batches:
             yield normalise(batch, self.mean, self.std), labels[index]
 
     def _loaded(self, split: Split, shares: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
+        full = [share.tolist() for share in shares if len(share)]
         loader = DataLoader(
             _Samples(split, self.data, self.seed, epoch),
-            batch_sampler=[share.tolist() for share in shares],
+            batch_sampler=full,
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             worker_init_fn=_leave_signals_to_the_trainer,
             generator=torch.Generator().manual_seed(0),
         )
-        for images, labels in loader:
-            images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
-            yield normalise(images, self.mean, self.std), labels
+        try:
+            for images, labels in loader:
+                images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
+                yield normalise(images, self.mean, self.std), labels
+        except UserError as error:  # from a loader process it comes with a traceback in its text
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        for _ in range(len(shares) - len(full)):
+            size = self.data.image_size
+            yield self.mean.new_empty(0, self.data.channels, size, size), split.labels[:0].to(self.device)
 
 
 class _Samples(Dataset):
@@ -145,6 +154,14 @@ class _Samples(Dataset):
                 draws = self.draws[index : index + 1]
                 image = crop_flip(image[None], draws, self.data.padding, self.data.flip)[0]
         return image, int(self.split.labels[index])
+
+
+@atexit.register
+def _end_loader_processes() -> None:
+    # They ignore the SIGTERM with which multiprocessing would end them, to wait for them for ever.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.io import ImageReadMode, decode_image
 from tqdm import tqdm
 
 from experiments.errors import UserError
@@ -55,9 +55,12 @@ class ImageData:
     def __post_init__(self):
         if self.augment not in ("crop_flip", "resized_crop", "none"):
             raise UserError(f"expected data.augment to be crop_flip, resized_crop or none, got {self.augment!r}.")
+        if self.augment == "resized_crop" and self.in_memory:
+            raise UserError("data.augment=resized_crop is done by loader processes; give data.in_memory=false.")
         if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
             raise UserError(
-                f"expected data.mean and data.std with {self.channels} numbers (std above 0), got {self.mean} and {self.std}."
+                f"expected data.mean and data.std with {self.channels} numbers (std above 0), "
+                f"got {self.mean} and {self.std}."
             )
 
 
@@ -133,15 +136,20 @@ def imagefolder(
             f"expected the same classes for training and testing in {base}, got differences: {', '.join(only)}."
         )
     first = _decode(train_files[0])
-    keep = in_memory
+    size = image_size or first.shape[-1]
+    keep, fits = in_memory, first.shape[1:] == (size, size)
     if keep is None:
         bytes_needed = first.numel() * (len(train_files) + len(test_files))
-        keep = augment != "resized_crop" and image_size in (None, first.shape[-1]) and bytes_needed < _MEMORY_LIMIT
+        keep = augment != "resized_crop" and fits and bytes_needed < _MEMORY_LIMIT
+    elif keep and not fits:
+        raise UserError(
+            f"expected images of {size}x{size} for data.in_memory=true, got {tuple(first.shape[1:])} in "
+            f"{train_files[0]}; give data.in_memory=false."
+        )
     train, test = (
         Split(labels, _decode_all(files, name)) if keep else Split(labels, files=files)
         for files, labels, name in ((train_files, train_labels, "train"), (test_files, test_labels, "test"))
     )
-    size = image_size or first.shape[-1]
     mean, std = _measured_unless_given(train, mean, std)
     return ImageData(train, test, classes, 3, size, mean, std, augment, padding, flip, keep)
 
@@ -151,7 +159,8 @@ def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor
     if folder is None:
         found = ", ".join(sorted(p.name for p in base.iterdir())[:5]) if base.is_dir() else "no such folder"
         raise UserError(
-            f"expected {' or '.join(f'{name}/' for name in names)} with one folder per class in data.root={base}, got {found}."
+            f"expected {' or '.join(f'{name}/' for name in names)} with one folder per class "
+            f"in data.root={base}, got {found}."
         )
     classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
     files, labels = [], []
@@ -168,10 +177,12 @@ def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor
 
 def _decode(path: Path) -> Tensor:
     try:
-        return decode_image(str(path), ImageReadMode.RGB)
-    except RuntimeError as error:
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+    except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"expected a readable image in {path}, got: {reason}; replace or remove the file.") from None
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def _decode_all(files: list[Path], name: str) -> Tensor:

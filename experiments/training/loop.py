@@ -143,7 +143,8 @@ class Trainer:
             dynamic_ncols=True,
             disable=None if self.ranks.first and self.config.runtime.progress else True,
         )
-        self._clock = self._last_save = time.monotonic()
+        self._clock = self._last_save = self._speed_clock = time.monotonic()
+        self._speed_images = 0
         with self._bar:
             while True:
                 if self._evaluation_is_due():

@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from experiments.errors import UserError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -65,11 +67,23 @@ def joined_ranks(device: torch.device) -> Iterator[Ranks]:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device called ``name``; "auto" is this rank's GPU if there is one, else the CPU."""
+    """The device called ``name``; "auto" is this rank's GPU if there is one, else the CPU.
+
+    Raises:
+        UserError: no such device here.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"expected runtime.device to be auto, cpu, cuda or cuda:N, got {name!r}.") from None
     if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UserError(
+                f"expected a GPU for runtime.device={name}, got {torch.cuda.device_count()} GPUs; "
+                "use runtime.device=cpu."
+            )
         if device.index is None:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         torch.cuda.set_device(device)

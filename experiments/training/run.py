@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -33,16 +34,18 @@ def folder_of(config: Config) -> Path:
 
 
 def prepare_folder(config: Config) -> Path:
-    """Make the run folder with its ``config.yaml``, unless it is there.
+    """Make the run folder with its ``config.yaml``; an unfinished run's takes over this start's ``runtime``.
 
     Raises:
         UserError: the folder cannot be written.
     """
     folder = folder_of(config)
+    text = yaml.safe_dump(to_tree(config), sort_keys=False).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "config.yaml").exists():
-            write_atomically(folder / "config.yaml", yaml.safe_dump(to_tree(config), sort_keys=False).encode())
+        path = folder / "config.yaml"
+        if not path.exists() or (path.read_bytes() != text and result_of(folder) is None):
+            write_atomically(path, text)
     except OSError as error:
         raise UserError(f"expected a folder that can be written, got {folder}: {error.strerror}.") from None
     return folder
@@ -83,10 +86,11 @@ def run(config: Config) -> dict:
         TrainingFailedError: no use to go on; ``failure.json`` says why.
     """
     stop = StopRequest(None if config.runtime.deadline_minutes is None else 60 * config.runtime.deadline_minutes)
-    device = _device(config)
+    device = choose_device(config.runtime.device)
     with listening(stop), joined_ranks(device) as ranks:
+        new = not folder_of(config).exists()
         folder = prepare_folder(config) if ranks.first else folder_of(config)
-        with locked(folder) if ranks.first else nullcontext():
+        with locked(folder) if ranks.first else nullcontext(), _removed_if_unusable(folder, new and ranks.first):
             finished = ranks.from_first(result_of(folder))
             if finished is not None:
                 return finished
@@ -108,15 +112,17 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
         device=device,
     )
     seed_torch(config.seed, "initialisation")
-    model = build_model(
-        config.model["name"],
-        num_classes=len(data.classes),
-        in_channels=data.channels,
-        image_size=data.image_size,
-        **options_of(config.model),
-    )
-    method = build(config.method)
-    applied = method.apply(model)
+    with _refusal_is_bad_input("model"):
+        model = build_model(
+            config.model["name"],
+            num_classes=len(data.classes),
+            in_channels=data.channels,
+            image_size=data.image_size,
+            **options_of(config.model),
+        )
+    with _refusal_is_bad_input("method"):
+        method = build(config.method)
+        applied = method.apply(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     model.to(device, memory_format=memory_format)
 
@@ -124,7 +130,8 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
     state = _load_state(config, folder, ranks, notes.append)
     if state is not None:
         method.match(model, state["model"])
-    optimizer = build_optimizer(config.optim, method, model)
+    with _refusal_is_bad_input("optim"):
+        optimizer = build_optimizer(config.optim, method, model)
     schedule = build(config.schedule)
     steps = total_steps(config, batches.steps_per_epoch)
     log = RunLog(folder if ranks.first else None, state["events"] if state else {}, _flat(to_tree(config)))
@@ -187,14 +194,24 @@ def _load_state(config: Config, folder: Path, ranks: Ranks, report) -> dict | No
     return None if path is None else checkpoint.load(path, config_hash(config))
 
 
-def _device(config: Config) -> torch.device:
+@contextmanager
+def _removed_if_unusable(folder: Path, new: bool) -> Iterator[None]:
+    """A new folder goes again when bad input shows before anything was trained."""
     try:
-        return choose_device(config.runtime.device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"expected a device that is here, got runtime.device={config.runtime.device}: {reason}"
-        ) from None
+        yield
+    except UserError:
+        if new and checkpoint.newest(folder / "checkpoints") is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _refusal_is_bad_input(group: str) -> Iterator[None]:
+    """Values that only the component itself can judge."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{group}: {error}") from error
 
 
 @contextmanager

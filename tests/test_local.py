@@ -1,0 +1,114 @@
+"""Running a grid on this machine: every run once, whatever happens to single ones."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments import cli
+
+ROOT = Path(__file__).parents[1]
+TINY = ["epochs=1", "max_steps=3", "model.width=8", "runtime.threads=1"]
+
+
+def quickstart(*arguments: str) -> int:
+    return cli.main("quickstart", "", "quickstart", list(arguments))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, str(ROOT / "experiments" / "quickstart.py"), *arguments]
+
+
+def run_folders(runs: Path) -> list[Path]:
+    return sorted(runs.glob("quickstart/*"))
+
+
+def test_dry_run_makes_nothing_and_names_every_run(tmp_path, capsys):
+    assert quickstart("--dry-run", f"runtime.runs={tmp_path}") == 0
+    assert not list(tmp_path.iterdir())
+    assert "12 runs: 12 missing" in capsys.readouterr().out
+
+
+def test_a_grid_is_trained_once(tmp_path, capsys):
+    """Side by side; a second start finds everything finished; the plan agrees with the folders."""
+    selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
+    assert quickstart("--local", "jobs=2", *selection) == 0
+    results = {folder: (folder / "result.json").read_bytes() for folder in run_folders(tmp_path)}
+    assert len(results) == 2
+    assert quickstart("--local", *selection) == 0
+    assert "2 runs, 2 finished already" in capsys.readouterr().out
+    assert results == {folder: (folder / "result.json").read_bytes() for folder in run_folders(tmp_path)}
+    quickstart("--dry-run", *selection)
+    assert "2 runs: 2 finished" in capsys.readouterr().out
+
+
+def test_local_trains_the_same_as_a_single_run(tmp_path):
+    choice = [*TINY, "model=resnet_small", "seed=3", "method=tract"]
+    assert quickstart("--local", *choice, f"runtime.runs={tmp_path / 'grid'}") == 0
+    assert quickstart(*choice, f"runtime.runs={tmp_path / 'single'}") == 0
+    (grid,), (single,) = (run_folders(tmp_path / name) for name in ("grid", "single"))
+    assert grid.name == single.name
+    digests = [json.loads((folder / "result.json").read_text())["weights_sha256"] for folder in (grid, single)]
+    assert digests[0] == digests[1]
+
+
+def test_a_failing_run_stops_no_other(tmp_path, capsys):
+    """The first seed's folder holds a file where checkpoints belong; the second seed finishes."""
+    selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
+    quickstart("--dry-run", *selection)
+    name = next(word for word in capsys.readouterr().out.split() if "-s0-" in word)
+    folder = tmp_path / "quickstart" / Path(name).name
+    folder.mkdir(parents=True)
+    (folder / "checkpoints").write_text("not a folder")
+    assert quickstart("--local", *selection) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2 runs finished (1 failed" in said
+    assert "output.txt" in said
+    assert sorted(path.parent.name.split("-")[-2] for path in tmp_path.rglob("result.json")) == ["s1"]
+
+
+def test_ctrl_c_leaves_checkpoints_and_the_same_command_continues(tmp_path):
+    choice = [
+        "model=resnet_small",
+        "model.width=8",
+        "seed=0",
+        "method=tract",
+        "epochs=30",
+        f"runtime.runs={tmp_path}",
+        "--local",
+    ]
+    process = subprocess.Popen(command(*choice), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    deadline = time.monotonic() + 60
+    while not any("epoch 2/" in path.read_text() for path in tmp_path.rglob("log.txt")):
+        assert time.monotonic() < deadline, process.communicate()[0]
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 75, said
+    (folder,) = run_folders(tmp_path)
+    assert list((folder / "checkpoints").glob("step-*.pt"))
+    assert quickstart(*choice) == 0
+    assert "continues at step" in (folder / "log.txt").read_text()
+
+
+def test_resume_continues_exactly_that_folder(tmp_path):
+    choice = [*TINY, "model=resnet_small", "seed=5", f"runtime.runs={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(*choice, "runtime.deadline_minutes=0.0001"), env=environment, check=False)
+    (folder,) = run_folders(tmp_path)
+    assert not (folder / "result.json").exists()
+    assert quickstart("--resume", str(folder)) == 0
+    assert (folder / "result.json").exists()
+    assert run_folders(tmp_path) == [folder]
+
+
+@pytest.mark.parametrize("flag", ["--submit"])
+def test_what_is_not_there_yet_says_so(flag, capsys):
+    assert quickstart(flag) == 2
+    assert "use --local or --dry-run" in capsys.readouterr().err

@@ -1,0 +1,289 @@
+"""A run that is stopped anywhere and started again ends as if it had never been stopped.
+
+Compared with an undisturbed run, byte for byte: final weights, the whole last checkpoint,
+every TensorBoard point but times, and the table.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from analysis import tables
+from experiments.training import checkpoint
+
+ROOT = Path(__file__).parents[1]
+# 4 epochs of 11 steps with 4 evaluation batches each; checkpoints and log points fall out of step with epochs.
+SETTINGS = {
+    "epochs": 4, "batch_size": 130, "eval_batch_size": 100, "model.width": 8, "method": "tract",
+    "runtime.threads": 1, "runtime.checkpoint_steps": 5, "runtime.log_every": 4, "runtime.workers": 0,
+}  # fmt: skip
+VARIANTS = {
+    "in memory": ({}, 1),
+    "loader processes": ({"data.in_memory": "false"}, 1),
+    "ema, bf16, accumulation": ({"ema_decay": 0.9, "precision": "bf16", "micro_batch": 50, "model": "vit_small"}, 1),
+    "sgd, vanilla": ({"optim": "sgd", "method": "vanilla"}, 1),
+    "two ranks": ({"model": "vit_small", "model.width": 32}, 2),
+}
+
+
+def words(changes: dict | None = None) -> list[str]:
+    """The settings with these changes, as a command line."""
+    return [f"{key}={value}" for key, value in (SETTINGS | (changes or {})).items()]
+
+
+RUN = words()
+
+
+class Machine:
+    """Starts runs in processes of their own; see killable.py."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+        self.server = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "killable.py")],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+        assert self.server.stdout.readline() == "ready\n"
+
+    def start(self, arguments, *, runs, ranks=1, event=None, delay=None, experiment="quickstart") -> list[int]:
+        """Exit codes of all ranks of one attempt."""
+        request = {
+            "experiment": experiment,
+            "arguments": [*arguments, f"runtime.runs={runs}"],
+            "ranks": ranks,
+            "event": event,
+            "delay": delay,
+            "output": str(self.folder / "output.txt"),
+        }
+        self.server.stdin.write(json.dumps(request) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def output(self) -> str:
+        return (self.folder / "output.txt").read_text()
+
+    def until_finished(self, arguments, *, runs, ranks=1, attempts=10) -> int:
+        """Start again and again without disturbing; the number of attempts it took."""
+        for attempt in range(1, attempts + 1):
+            if all(code == 0 for code in self.start(arguments, runs=runs, ranks=ranks)):
+                return attempt
+        raise AssertionError(self.output())
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    machine = Machine(tmp_path_factory.mktemp("machine"))
+    yield machine
+    machine.server.stdin.close()
+    machine.server.wait()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(machine, tmp_path_factory):
+    """The same run without any interruption, made once per variant."""
+    made = {}
+
+    def run(variant: str) -> Path:
+        if variant not in made:
+            extra, ranks = VARIANTS[variant]
+            runs = tmp_path_factory.mktemp("undisturbed")
+            codes = machine.start(words(extra), runs=runs, ranks=ranks)
+            assert codes == [0] * ranks, machine.output()
+            made[variant] = runs
+        return made[variant]
+
+    return run
+
+
+def only_run(runs: Path) -> Path:
+    (folder,) = (runs / "quickstart").iterdir()
+    return folder
+
+
+def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/"))]
+    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
+
+
+def last_checkpoint(folder: Path) -> dict:
+    result = json.loads((folder / "result.json").read_text())
+    path = checkpoint.newest(folder / "checkpoints")
+    return checkpoint.load(path, result["config_hash"])
+
+
+def table(runs: Path, capsys) -> str:
+    capsys.readouterr()
+    assert tables.main(["--runs", str(runs), "--experiment", "quickstart", "--format", "md"]) == 0
+    return capsys.readouterr().out
+
+
+def assert_same(disturbed: Path, reference: Path, capsys) -> None:
+    mine, its = only_run(disturbed), only_run(reference)
+    assert mine.name == its.name
+    assert points(mine) == points(its)
+    results = [json.loads((folder / "result.json").read_text()) for folder in (mine, its)]
+    for key in ("weights_sha256", "metrics", "config_hash", "steps"):
+        assert results[0][key] == results[1][key]
+    states = [last_checkpoint(folder) for folder in (mine, its)]
+    for key in ("model", "optimizer", "ema", "scaler"):
+        assert_equal_trees(states[0][key], states[1][key])
+    assert table(disturbed, capsys) == table(reference, capsys)
+    assert not list(mine.glob("**/*.tmp"))
+
+
+def assert_equal_trees(a, b) -> None:
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal_trees(a[key], b[key])
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# In a first attempt rename number 1 is that of config.yaml and 2 that of provenance.json; later ones lack the first.
+KILLS = {
+    "first step": [("forward", 1)],
+    "before the first checkpoint": [("optimizer", 4)],
+    "every few steps": [("forward", 7), ("optimizer", 6), ("forward", 9), ("optimizer", 13)],
+    "during evaluations": [("evaluation", 2), ("evaluation", 3), ("evaluation", 8)],
+    "after an evaluation": [("evaluated", 1), ("evaluated", 2)],
+    "half a checkpoint": [("half a checkpoint", 1), ("half a checkpoint", 3), ("half a checkpoint", 4)],
+    "around renaming": [("before renaming", 4), ("after renaming", 4), ("before renaming", 3), ("after renaming", 3)],
+    "while pruning": [("pruning", 4), ("pruning", 5)],
+    "before the result": [("result", 1)],
+}
+
+
+@pytest.mark.parametrize("kills", KILLS.values(), ids=KILLS.keys())
+def test_killed_at_chosen_places(machine, undisturbed, tmp_path, capsys, kills):
+    for place, count in kills:
+        (code,) = machine.start(RUN, runs=tmp_path, event=(place, count, "SIGKILL"))
+        assert code == -signal.SIGKILL, f"the run never came to {place} number {count}: {machine.output()}"
+    assert machine.until_finished(RUN, runs=tmp_path) == 1
+    assert_same(tmp_path, undisturbed("in memory"), capsys)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_moments(machine, undisturbed, tmp_path, capsys, seed):
+    """From outside, whatever the process is doing."""
+    draw = random.Random(seed)
+    killed = 0
+    for _ in range(8):
+        (code,) = machine.start(RUN, runs=tmp_path, delay=draw.uniform(0.05, 0.9))
+        killed += code == -signal.SIGKILL
+    assert killed, "no attempt was killed: the delays are longer than the run"
+    machine.until_finished(RUN, runs=tmp_path)
+    assert_same(tmp_path, undisturbed("in memory"), capsys)
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "in memory"])
+def test_killed_in_every_variant(machine, undisturbed, tmp_path, capsys, variant):
+    extra, ranks = VARIANTS[variant]
+    for place, count in [("forward", 8), ("evaluation", 3), ("half a checkpoint", 2)]:
+        codes = machine.start(words(extra), runs=tmp_path, ranks=ranks, event=(place, count, "SIGKILL"))
+        assert codes[0] == -signal.SIGKILL, machine.output()
+    machine.until_finished(words(extra), runs=tmp_path, ranks=ranks)
+    assert_same(tmp_path, undisturbed(variant), capsys)
+
+
+@pytest.mark.parametrize("variant", ["in memory", "two ranks"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR2", "SIGINT"])
+def test_signals_stop_at_a_step_with_a_checkpoint(machine, undisturbed, tmp_path, capsys, name, variant):
+    """In a step, in an evaluation, between steps: exit code 75 and nothing is lost."""
+    extra, ranks = VARIANTS[variant]
+    arguments = words(extra | {"runtime.checkpoint_steps": "null"})  # only the signal makes checkpoints
+    for place, count in [("forward", 3), ("evaluation", 2), ("optimizer", 8)]:
+        codes = machine.start(arguments, runs=tmp_path, ranks=ranks, event=(place, count, name))
+        assert codes == [75] * ranks, machine.output()
+    assert machine.until_finished(arguments, runs=tmp_path, ranks=ranks) == 1
+    assert_same(tmp_path, undisturbed(variant), capsys)
+
+
+def test_a_stop_loses_no_step(machine, tmp_path):
+    arguments = words({"runtime.checkpoint_steps": "null"})
+    assert machine.start(arguments, runs=tmp_path, event=("forward", 7, "SIGTERM")) == [75]
+    assert checkpoint.newest(only_run(tmp_path) / "checkpoints").name.startswith("step-00000007-")
+
+
+def test_deadline_stops_in_time(machine, undisturbed, tmp_path, capsys):
+    """Each attempt has too little time for the whole run, and the last one is given enough."""
+    short = [*RUN, "runtime.deadline_minutes=0.022"]
+    stopped = [machine.start(short, runs=tmp_path) for _ in range(3)]
+    assert [75] in stopped, machine.output()
+    machine.until_finished(RUN, runs=tmp_path)
+    assert_same(tmp_path, undisturbed("in memory"), capsys)
+
+
+def test_resumed_with_other_worker_counts(machine, undisturbed, tmp_path, capsys):
+    extra, _ = VARIANTS["loader processes"]
+    for workers, kill in [(2, ("forward", 9)), (0, ("forward", 8)), (1, ("evaluation", 3)), (2, ("optimizer", 4))]:
+        arguments = words(extra | {"runtime.workers": workers})
+        assert machine.start(arguments, runs=tmp_path, event=(*kill, "SIGKILL")) == [-signal.SIGKILL]
+    machine.until_finished(words(extra | {"runtime.workers": 2}), runs=tmp_path)
+    assert_same(tmp_path, undisturbed("loader processes"), capsys)
+
+
+DAMAGE = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "bit flipped": lambda data: data[:1000] + bytes([data[1000] ^ 4]) + data[1001:],
+    "empty": lambda data: b"",
+    "foreign": lambda data: b"\x89PNG\r\n\x1a\n" + data[8:],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+@pytest.mark.parametrize("how_many", [1, 2])
+def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
+    machine, undisturbed, tmp_path, capsys, damage, how_many
+):
+    machine.start(RUN, runs=tmp_path, event=("forward", 14, "SIGKILL"))
+    files = sorted((only_run(tmp_path) / "checkpoints").glob("step-*.pt"), reverse=True)
+    assert [path.name[:13] for path in files] == ["step-00000010", "step-00000005"]
+    for path in files[:how_many]:
+        path.write_bytes(damage(path.read_bytes()))
+    machine.until_finished(RUN, runs=tmp_path)
+    log = (only_run(tmp_path) / "log.txt").read_text()
+    for path in files[:how_many]:
+        assert f"{path.name} is damaged" in log
+    expected = {1: "continues at step 5", 2: "starts at step 0"}[how_many]
+    assert expected in log.split("is damaged")[-1]
+    assert_same(tmp_path, undisturbed("in memory"), capsys)
+
+
+def test_starting_a_finished_run_changes_nothing(machine, undisturbed):
+    runs = undisturbed("in memory")
+    before = {path: path.stat().st_mtime_ns for path in only_run(runs).rglob("*") if path.name != "lock"}
+    assert machine.start(RUN, runs=runs) == [0]
+    assert "finished already" in machine.output()
+    assert before == {path: path.stat().st_mtime_ns for path in only_run(runs).rglob("*") if path.name != "lock"}
+
+
+def test_two_starts_at_once_train_once(machine, undisturbed, tmp_path, capsys):
+    """The second start is refused (75) and names the first; together they make one run."""
+    command = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), *RUN, f"runtime.runs={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    both = [
+        subprocess.Popen([*command, "runtime.deadline_minutes=9"], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    outputs = [process.communicate()[1] for process in both]
+    codes = sorted(process.returncode for process in both)
+    assert codes in ([0, 75], [0, 0]), outputs
+    if codes == [0, 75]:
+        assert "is being trained by process" in outputs[0] + outputs[1]
+    attempts = json.loads((only_run(tmp_path) / "provenance.json").read_text())["attempts"]
+    assert len(attempts) == 1
+    assert_same(tmp_path, undisturbed("in memory"), capsys)
