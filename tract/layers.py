@@ -10,7 +10,8 @@ the batch. Forward pass, bias gradient and input gradient stay as they are, and 
 optimizer: it is handed this matrix as "the gradient".
 
 Here the layer's own forward and backward kernels run on P(W), where P is the identity going
-forward and multiplies by the inverse going back. Every option of the layer, autocast,
+forward and multiplies by the inverse going back. (With fewer rows than row elements, b < n,
+the weight gradient is computed from a b x b inverse instead.) Every option of the layer, autocast,
 torch.compile and channels_last therefore work as they do without TrAct.
 """
 
@@ -28,8 +29,8 @@ from torch import Tensor
 
 from tract.distributed import world_size
 from tract.ops import (
+    PreconditionDual,
     PreconditionWeight,
-    PreconditionWeightDual,
     damped_solve_op,
     geometry_arguments,
     mean_moment_op,
@@ -70,29 +71,37 @@ class TrActLayer(nn.Module):
     def _read_geometry(self) -> Geometry:
         raise NotImplementedError
 
-    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """The plain layer's output; records what the weight gradient will need."""
-        return self._plain_forward(x, self._preconditioned(x))
-
-    def _preconditioned(self, x: Tensor) -> Tensor:
         weight, geometry = self.weight, self._geometry
         if not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
-            return weight
+            return self._plain_forward(x, weight, self.bias)
         everywhere = self.statistics == "global" and world_size() > 1
         rows = geometry.count_rows(x)
-        arguments = geometry_arguments(geometry)
         if self._total is not None:
-            self._total.add_(second_moment_op(x.detach(), *arguments))
-            self._rows.add_(rows)
-            return weight
-        if 0 < rows < geometry.row_length and not everywhere:
-            return PreconditionWeightDual.apply(weight, x.detach(), arguments, self.lambda_, self.label)
-        total = second_moment_op(x.detach(), *arguments)
+            self._gather(x, rows)
+        elif 0 < rows < geometry.row_length and not everywhere:
+            return self._dual_forward(x)
+        else:
+            weight = self._preconditioned(weight, x, rows, everywhere)
+        return self._plain_forward(x, weight, self.bias)
+
+    def _gather(self, x: Tensor, rows: int) -> None:
+        self._total.add_(second_moment_op(x.detach(), *geometry_arguments(self._geometry)))
+        self._rows.add_(rows)
+
+    def _preconditioned(self, weight: Tensor, x: Tensor, rows: int, everywhere: bool) -> Tensor:
+        total = second_moment_op(x.detach(), *geometry_arguments(self._geometry))
         moment = mean_moment_op(total, total.new_full((), rows), everywhere, self.label)
         return PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
+
+    def _dual_forward(self, x: Tensor) -> Tensor:
+        output = self._plain_forward(x, self.weight.detach(), self.bias)
+        geometry = geometry_arguments(self._geometry)
+        return PreconditionDual.apply(output, self.weight, x.detach(), geometry, self.lambda_, self.label)
 
     def begin_accumulation(self) -> Tensor | None:
         """Gather statistics instead of applying them; returns the gradient that was there.
@@ -154,8 +163,8 @@ class TrActLinear(TrActLayer, nn.Linear):
     def _read_geometry(self) -> Geometry:
         return Geometry(self.in_features)
 
-    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
 
 
 class _TrActConv(TrActLayer):
@@ -170,8 +179,8 @@ class _TrActConv(TrActLayer):
             self.groups,
         )
 
-    def _plain_forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class TrActConv1d(_TrActConv, nn.Conv1d):

@@ -12,7 +12,7 @@ from torch import Tensor
 from tract.damped_solve import damped_solve, damped_solve_dual
 from tract.distributed import global_mean
 from tract.finite import require
-from tract.second_moment import Geometry, second_moment, unfold
+from tract.second_moment import Geometry, output_columns, second_moment, unfold
 
 _SECOND_DERIVATIVE = (
     "TrAct has no second derivative: its weight gradient is an update direction, not the "
@@ -97,7 +97,7 @@ def _(gradient, moment, damping, layer):
 
 @torch.library.custom_op("tract::damped_solve_dual", mutates_args=())
 def damped_solve_dual_op(
-    gradient: Tensor,
+    output_gradient: Tensor,
     x: Tensor,
     channels: int,
     kernel: list[int],
@@ -109,19 +109,20 @@ def damped_solve_dual_op(
     damping: float,
     layer: str,
 ) -> Tensor:
-    """G (X^T X / b + lambda I)^-1 from the layer's input, by a b x b factorisation."""
+    """D (X X^T / b + lambda I)^-1 X, shape (g, m, n), float64, from an output's gradient D."""
     geometry = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups)
     rows = unfold(x, geometry)
     require(torch.isfinite(rows.sum()), _non_finite(layer))
-    flat = gradient.reshape(groups, -1, geometry.row_length)
-    product, succeeded = damped_solve_dual(flat, rows, damping)
+    product, succeeded = damped_solve_dual(output_columns(output_gradient, geometry), rows, damping)
     require(succeeded, _not_factorised(layer, damping))
-    return product.to(gradient.dtype).reshape(gradient.shape)
+    return product
 
 
 @damped_solve_dual_op.register_fake
-def _(gradient, x, *geometry_damping_layer):
-    return gradient.new_empty(gradient.shape)
+def _(output_gradient, x, channels, kernel, stride, dilation, padding, padding_mode, groups, damping, layer):
+    geometry = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups)
+    outputs = output_gradient.shape[-1 - len(kernel)]
+    return output_gradient.new_empty((groups, outputs // groups, geometry.row_length), dtype=torch.float64)
 
 
 def _no_second_derivative(ctx, *gradients):
@@ -167,26 +168,29 @@ class PreconditionWeight(torch.autograd.Function):
         return damped_solve_op(gradient, moment, ctx.damping, ctx.layer), None, None, None
 
 
-class PreconditionWeightDual(torch.autograd.Function):
-    """As :class:`PreconditionWeight`, for an input with fewer rows than row elements.
+class PreconditionDual(torch.autograd.Function):
+    """The output going forward; the TrAct weight gradient from the output's gradient going back.
 
-    Keeps a reference to the input, as the layer's own backward does, and no copy.
+    For an input with fewer rows than row elements. ``output`` must not depend on the weight
+    otherwise; its own gradient passes unchanged. Keeps a reference to the input, as the
+    layer's own backward does.
     """
 
     @staticmethod
-    def forward(weight: Tensor, x: Tensor, geometry: tuple, damping: float, layer: str) -> Tensor:
-        """The weight itself (a view)."""
-        return weight.view_as(weight)
+    def forward(output: Tensor, weight: Tensor, x: Tensor, geometry: tuple, damping: float, layer: str) -> Tensor:
+        """The output itself (a view)."""
+        return output.view_as(output)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
         """Keep a reference to the input."""
-        _, x, ctx.geometry, ctx.damping, ctx.layer = inputs
+        _, weight, x, ctx.geometry, ctx.damping, ctx.layer = inputs
+        ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.save_for_backward(x)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        """The preconditioned weight gradient."""
+        """The output's gradient as it is, and the weight gradient."""
         (x,) = ctx.saved_tensors
         product = damped_solve_dual_op(gradient, x, *ctx.geometry, ctx.damping, ctx.layer)
-        return product, None, None, None, None
+        return gradient, product.to(ctx.weight_dtype).reshape(ctx.weight_shape), None, None, None, None

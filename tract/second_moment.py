@@ -102,10 +102,18 @@ def second_moment(x: Tensor, geometry: Geometry) -> Tensor:
 
 def unfold(x: Tensor, geometry: Geometry) -> Tensor:
     """All rows at once, float64, shape (g, n, b): only for inputs with few rows."""
-    blocks = list(_row_blocks(x, geometry))
-    if not blocks:
-        return x.new_zeros((geometry.groups, geometry.row_length, 0), dtype=torch.float64)
-    return torch.cat(blocks, dim=-1)
+    x = geometry.batched(x.detach())
+    out = geometry.output_size(tuple(x.shape[2:]))
+    windows = _windows(_pad(x.to(torch.float64), geometry), geometry, out)
+    return windows.reshape(geometry.groups, geometry.row_length, -1)
+
+
+def output_columns(z: Tensor, geometry: Geometry) -> Tensor:
+    """A layer's output, or its gradient, as (g, m, b), with b in the order of :func:`unfold`."""
+    if not geometry.kernel:
+        return z.reshape(-1, z.shape[-1]).T[None]
+    z = z if z.dim() == len(geometry.kernel) + 2 else z.unsqueeze(0)
+    return z.movedim(0, 2).reshape(geometry.groups, z.shape[1] // geometry.groups, -1)
 
 
 def _row_blocks(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
