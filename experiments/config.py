@@ -289,6 +289,8 @@ def _check_component(group: str, node: dict[str, Any]) -> None:
         expected = parameters[key].annotation
         if not _accepts(expected, value):
             raise UserError(f"expected {group}.{key} to be {_readable(expected)}, got {value!r}.")
+        if type(value) is int and "float" in _options(expected):
+            node[key] = float(value)  # 1 and 1.0 are the same run
 
 
 def _accepts(annotation: Any, value: Any) -> bool:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -14,6 +15,7 @@ from pathlib import Path
 from experiments.errors import RunBusyError
 
 TEMPORARY = ".tmp"
+_ATTEMPTS = 4
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -53,11 +55,15 @@ def locked(folder: Path) -> Iterator[None]:
         RunBusyError: another process holds it.
     """
     with open(folder / "lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for attempt in range(_ATTEMPTS):  # `is_locked` elsewhere may hold it for an instant
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.05 if attempt < _ATTEMPTS - 1 else 0)
+        else:
             file.seek(0)
-            raise RunBusyError(f"{folder} is being trained by {file.read().strip() or 'another process'}.") from None
+            raise RunBusyError(f"{folder} is being trained by {file.read().strip() or 'another process'}.")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%Y-%m-%d %H:%M:%S}\n")
         file.flush()
@@ -65,7 +71,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    """Whether a live process holds this run folder."""
+    """Whether another live process holds this run folder (asked inside the holder, the lock would be lost)."""
     if not (folder / "lock").exists():
         return False
     with open(folder / "lock", "r+") as file:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from experiments.training.stop import StopRequest
 from tract.methods.base import Method
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2
+_SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
 
 
 class StoppedError(Exception):
@@ -143,8 +145,8 @@ class Trainer:
             dynamic_ncols=True,
             disable=None if self.ranks.first and self.config.runtime.progress else True,
         )
-        self._clock = self._last_save = self._speed_clock = time.monotonic()
-        self._speed_images = 0
+        self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
+        self._speed_images = self._speed_steps = 0
         with self._bar:
             while True:
                 if self._evaluation_is_due():
@@ -160,7 +162,7 @@ class Trainer:
         epoch, first = divmod(progress.step, per_epoch)
         last = min(per_epoch, self.total_steps - epoch * per_epoch)
         self.model.train()
-        self._speed_clock, self._speed_images = time.monotonic(), 0
+        self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
         for index, (images, labels) in zip(range(first, last), self.batches.train(epoch, first), strict=False):
             self._step(images, labels, self.batches.global_count(index))
             self._after_step(at_end=index == last - 1)
@@ -183,6 +185,7 @@ class Trainer:
         if self.ema is not None:
             self.ema.update_parameters(self.model)
         self._speed_images += global_count
+        self._speed_steps += 1
 
     def _parts(self, global_count: int) -> int:
         """Micro-batches of a batch: equally many on every rank, none of them empty."""
@@ -241,7 +244,16 @@ class Trainer:
         self.log.scalar("train/loss", loss, step)
         self.log.scalar("train/top1", top1, step)
         self.log.scalar("train/lr", self.optimizer.param_groups[0]["lr"], step)
-        self._bar.set_postfix_str(f"loss {loss:.3f}, accuracy {top1:.1f} %, {self._images_per_second():.0f} images/s")
+        figures = f"loss {loss:.3f}, accuracy {top1:.1f} %, {self._images_per_second():.0f} images/s"
+        self._bar.set_postfix_str(figures)
+        if self._bar.disable and time.monotonic() - self._last_said > _SECONDS_BETWEEN_LINES:
+            self._last_said = time.monotonic()
+            self.log.say(f"step {step}/{self.total_steps}: {figures}, {self._time_left()} left")
+
+    def _time_left(self) -> str:
+        """At the speed since this epoch began (or was entered)."""
+        seconds_per_step = (time.monotonic() - self._speed_clock) / max(1, self._speed_steps)
+        return str(timedelta(seconds=round(seconds_per_step * (self.total_steps - self.progress.step))))
 
     def _images_per_second(self) -> float:
         return self._speed_images / max(1e-9, time.monotonic() - self._speed_clock)
@@ -254,8 +266,17 @@ class Trainer:
                 "Lower optim.lr, use precision=bf16 instead of fp16, or raise method.lambda_ if the method has it."
             )
 
+    def _require_finite_weights(self) -> None:
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
+        if self.ranks.highest(int(not finite)):
+            raise TrainingFailedError(
+                f"the weights are not finite after step {self.progress.step}; the last checkpoint is from before. "
+                "Lower optim.lr or clip gradients with clip_grad_norm=1."
+            )
+
     def _checkpoint(self) -> None:
         self._require_finite()
+        self._require_finite_weights()
         self._count_seconds()
         began = time.monotonic()
         state = self.state()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -221,6 +222,7 @@ def _settings(config: Config) -> Iterator[None]:
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(runtime.deterministic, warn_only=True)
     torch.backends.cudnn.benchmark = not runtime.deterministic
     try:

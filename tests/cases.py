@@ -1,0 +1,28 @@
+"""The table that drives the laws for all methods: method name -> overrides of a tiny quickstart run."""
+
+from experiments.config import Config, compose_config
+
+TINY = {
+    "model": "vit_small",
+    "model.width": 16,
+    "model.depth": 1,
+    "model.heads": 2,
+    "epochs": 2,
+    "batch_size": 128,
+    "optim.lr": 0.003,
+    "runtime.progress": False,
+    "runtime.threads": 1,
+}
+
+METHODS = {
+    "vanilla": {},
+    "tract": {"method.lambda_": 0.1},
+}
+
+
+def tiny_config(folder, method="vanilla", **overrides) -> Config:
+    """A run of seconds under ``folder``; ``__`` in a keyword stands for a dot."""
+    changes = {key.replace("__", "."): value for key, value in overrides.items()}
+    model = {key: value for key, value in TINY.items() if not key.startswith("model.") or "model" not in changes}
+    runs = {"runtime.runs": str(folder), "method": method}
+    return compose_config("quickstart", model | METHODS[method] | runs | changes)

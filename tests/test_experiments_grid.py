@@ -1,0 +1,133 @@
+import math
+import re
+
+import pytest
+import yaml
+
+from experiments.config import CONF, choices_of, compose_config, run_name
+from experiments.errors import UserError
+from experiments.grid import grids, load_grid, plan, points
+from experiments.training.loop import total_steps
+from experiments.training.schedule import Cosine
+
+# Seeds, methods and epochs of section 4.1 of arXiv 2410.23970, counted by hand.
+PAPER = {
+    "figure3": 2 * 4 * 4 * 5,
+    "figure3_lr": 4 * 8,
+    "figure4": 4 * 4 * 5,
+    "figure6": 10 * 5,
+    "figure10": 2 * 4 * 4 * 5,
+    "quickstart": 2 * 2 * 3,
+}
+
+
+def _plan(name, **choices):
+    return plan(load_grid(name)["experiment"], name, {key.replace("__", "."): v for key, v in choices.items()})
+
+
+@pytest.mark.parametrize("name", grids())
+def test_a_grid_composes_into_distinct_runs_as_many_as_it_says(name):
+    configs = _plan(name)
+    assert len(configs) == PAPER[name]
+    assert len({run_name(config) for config in configs}) == len(configs)
+    said = re.search(r"(\d+) runs", (CONF / "grid" / f"{name}.yaml").read_text().splitlines()[0])
+    assert said is None or int(said[1]) == len(configs)
+
+
+@pytest.mark.parametrize("name", grids())
+def test_a_grid_file_has_nothing_but_what_is_read(name):
+    assert set(load_grid(name)) <= {"experiment", "set", "axes"}
+
+
+def test_the_order_of_runs_is_that_of_nested_loops_the_last_axis_fastest():
+    grid = {"axes": {"a": [1, 2], "arm": [{"b": 3}, {"b": 4, "c": 5}], "seed": [0, 1]}, "set": {"d": 6}}
+    expected = [
+        {"d": 6, "a": a, **arm, "seed": seed} for a in (1, 2) for arm in ({"b": 3}, {"b": 4, "c": 5}) for seed in (0, 1)
+    ]
+    assert points(grid, {}) == expected
+    assert [run_name(c) for c in _plan("figure6")] == [run_name(c) for c in _plan("figure6")]
+
+
+CHOICES = {
+    "an axis is replaced": ({"seed": [7]}, 32, lambda c: c.seed == 7),
+    "an arm is filtered": ({"method": ["tract"]}, 120, lambda c: c.method["name"] == "tract"),
+    "an arm by its value": ({"method.lambda_": [0.05, 0.2]}, 80, lambda c: c.method.get("lambda_") in (0.05, 0.2)),
+    "a new axis": ({"model": ["resnet18", "resnet34"]}, 320, lambda c: c.model["name"] in ("resnet18", "resnet34")),
+    "a value for all": ({"optim.weight_decay": [0.5]}, 160, lambda c: c.optim["weight_decay"] == 0.5),
+    "several": ({"optim": ["adam"], "epochs": [50], "method": ["vanilla"]}, 5, lambda c: c.epochs == 50),
+}
+
+
+@pytest.mark.parametrize("case", CHOICES)
+def test_choices_select_from_the_grid(case):
+    choices, count, law = CHOICES[case]
+    configs = plan("cifar_resnet", "figure3", choices)
+    assert len(configs) == count
+    assert all(map(law, configs))
+
+
+@pytest.mark.parametrize(
+    ("name", "choices", "part"),
+    [
+        ("figure3", {"method.lambda_": [0.3]}, "it has 0.05, 0.1, 0.2"),
+        ("figure3", {"method": ["vanilla"], "method.lambda_": [0.1]}, "no run of the grid"),
+        ("figure6", {"epochs": [100]}, "no run of the grid has epochs=100; it has 200"),
+        ("figure10", {"data": ["cifar10"]}, "it has cifar100"),
+        ("figure3", {"seed": [1, 1]}, "twice"),
+        ("figure3", {"model": ["vgg"]}, "unknown choice model=vgg"),
+    ],
+)
+def test_nothing_left_or_repeated_is_an_error(name, choices, part):
+    with pytest.raises(UserError, match=re.escape(part)):
+        plan("cifar_resnet" if name != "figure6" else "cifar_vit", name, choices)
+
+
+def test_a_grid_belongs_to_its_script():
+    with pytest.raises(UserError, match="belongs to cifar_vit"):
+        plan("quickstart", "figure4", {})
+
+
+# -- the arithmetic of the recipes ---------------------------------------------------------------
+
+CIFAR_STEPS = 50_000 // 128  # with drop_last
+
+
+@pytest.mark.parametrize("config", _plan("figure3", seed=[0]) + _plan("figure4", seed=[0]), ids=run_name)
+def test_the_papers_runs_have_its_steps_and_learning_rates(config):
+    assert (config.batch_size, config.drop_last, config.data["name"]) == (128, True, "cifar10")
+    steps = total_steps(config, CIFAR_STEPS)
+    assert steps == 390 * config.epochs
+    assert config.epochs != 100 or steps == 39_000
+    schedule = Cosine(config.schedule["warmup_epochs"], config.schedule["final"])
+    rate = config.optim["lr"]
+    for step, expected in {
+        0: rate,
+        steps // 4: rate * (1 + math.sqrt(0.5)) / 2,
+        steps // 2: rate / 2,
+        steps: 0,
+    }.items():
+        assert math.isclose(rate * schedule.factor(step, CIFAR_STEPS, steps), expected, rel_tol=1e-9, abs_tol=1e-15)
+
+
+def test_the_recipes_of_the_paper():
+    resnet, vit = compose_config("cifar_resnet", {}), compose_config("cifar_vit", {})
+    assert (resnet.label_smoothing, vit.label_smoothing) == (0.0, 0.1)
+    assert (resnet.optim["momentum"], resnet.optim["weight_decay"], resnet.optim["nesterov"]) == (0.9, 0.0, False)
+    assert (vit.optim["name"], vit.optim["weight_decay"]) == ("adam", 0.0)
+    assert (resnet.model["maxpool"], resnet.model["kaiming"]) == (True, True)
+    for config in (resnet, vit):
+        assert config.schedule == {
+            "name": "cosine",
+            "_target_": "experiments.training.schedule.Cosine",
+            "warmup_epochs": 0.0,
+            "final": 0.0,
+        }
+        assert (config.data["padding"], config.data["flip"], config.data["augment"]) == (4, True, "crop_flip")
+        # The standard deviation of the authors' own script.
+        assert config.data["std"] == [0.2023, 0.1994, 0.2010]
+
+
+def test_every_experiment_of_a_grid_has_its_file():
+    experiments = {yaml.safe_load((CONF / "grid" / f"{name}.yaml").read_text())["experiment"] for name in grids()}
+    assert all((CONF / f"{name}.yaml").is_file() for name in experiments)
+    assert "vanilla" in choices_of("method")

@@ -1,0 +1,95 @@
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from experiments.training.optim import build_optimizer, load_state_by_name, set_learning_rate, state_by_name
+from tract.methods.base import Method
+
+KINDS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "Adam": {"lr": 0.01, "weight_decay": 0.01},
+    "AdamW": {"lr": 0.01, "weight_decay": 0.1, "amsgrad": True},
+}
+
+
+class _Net(nn.Module):
+    """The same layers registered in a given order."""
+
+    def __init__(self, order):
+        super().__init__()
+        layers = {"first": nn.Linear(5, 4), "second": nn.Linear(4, 3), "norm": nn.LayerNorm(4)}
+        for name in order:
+            self.add_module(name, layers[name])
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.norm(self.first(x))))
+
+
+class _Turned(Method):
+    """Two groups, in another order than the parameters are registered in."""
+
+    def param_groups(self, model):
+        return [{"params": list(layer.parameters())} for layer in reversed(list(model.children()))]
+
+
+def _optimizer(kind, model, method=None):
+    node = {"name": kind, "_target_": f"torch.optim.{kind}", **KINDS[kind]}
+    return build_optimizer(node, method or Method(), model)
+
+
+def _train(model, optimizer, steps):
+    for step in steps:
+        x = torch.randn(8, 5, generator=torch.Generator().manual_seed(step))
+        set_learning_rate(optimizer, 1 / (1 + step))
+        optimizer.zero_grad()
+        model(x).square().sum().backward()
+        optimizer.step()
+
+
+ORDERS = [("first", "second", "norm"), ("norm", "second", "first")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("method", [Method(), _Turned()])
+def test_continuing_from_a_state_by_name_is_never_having_stopped(kind, order, method):
+    model = _Net(ORDERS[0])
+    optimizer = _optimizer(kind, model)
+    _train(model, optimizer, range(5))
+    weights, state = copy.deepcopy((model.state_dict(), state_by_name(optimizer, model)))
+    _train(model, optimizer, range(5, 10))
+
+    again = _Net(order)
+    again.load_state_dict(weights)
+    resumed = _optimizer(kind, again, method)
+    load_state_by_name(resumed, again, state)
+    _train(again, resumed, range(5, 10))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name]), name
+    for name, entries in state_by_name(optimizer, model).items():
+        for key, value in entries.items():
+            other = state_by_name(resumed, again)[name][key]
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (name, key)
+
+
+def test_a_fresh_state_differs_from_a_loaded_one():
+    model = _Net(ORDERS[0])
+    optimizer = _optimizer("Adam", model)
+    _train(model, optimizer, range(5))
+    again = copy.deepcopy(model)
+    _train(again, _optimizer("Adam", again), range(5, 6))
+    _train(model, optimizer, range(5, 6))
+    assert not torch.equal(model.first.weight, again.first.weight)
+
+
+def test_each_groups_rate_is_its_own_base_times_the_factor():
+    class TwoGroups(Method):
+        def param_groups(self, model):
+            return [{"params": model.first.parameters(), "lr": 0.5}, {"params": model.second.parameters()}]
+
+    optimizer = build_optimizer({"_target_": "torch.optim.SGD", "lr": 0.1}, TwoGroups(), _Net(ORDERS[0]))
+    for factor in (0.5, 0.0, 0.25):  # no factor compounds with the one before
+        set_learning_rate(optimizer, factor)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.5 * factor, 0.1 * factor]

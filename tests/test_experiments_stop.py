@@ -1,0 +1,94 @@
+import os
+import signal
+
+import pytest
+
+from experiments.training.stop import SIGNALS, StopRequest, listening
+
+
+class Clock:
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def _stops_after(deadline, stretch, save=0.0):
+    """Seconds after which a loop with equal steps is told to stop."""
+    clock = Clock()
+    stop = StopRequest(deadline, clock)
+    stop.saved(save)
+    for _ in range(100_000):
+        clock.now += stretch
+        if stop.reason() == "deadline":
+            return clock.now - 1000.0
+    return None
+
+
+@pytest.mark.parametrize("stretch", [0.01, 1.0, 7.0])
+@pytest.mark.parametrize("save", [0.0, 5.0])
+def test_the_deadline_leaves_time_for_a_step_and_a_checkpoint_but_not_much_more(stretch, save):
+    deadline, margin = 200.0, 1.5 * (stretch + save) + 1.0
+    stopped = _stops_after(deadline, stretch, save)
+    assert stopped + stretch + save <= deadline
+    assert stopped - stretch + margin <= deadline + 1e-6  # one step earlier was too early
+
+
+def test_without_a_deadline_time_does_not_stop():
+    assert _stops_after(None, 1e3) is None
+
+
+def test_the_longest_stretch_counts_but_writing_a_checkpoint_is_no_stretch():
+    clock = Clock()
+    stop = StopRequest(100.0, clock)
+    clock.now += 20
+    assert stop.reason() is None
+    clock.now += 30
+    stop.saved(1.0)  # the 30 s until here belong to the checkpoint
+    clock.now += 16.5  # 66.5 + 1.5 * (20 + 1) + 1 = 99
+    assert stop.reason() is None
+    clock.now += 1.5
+    assert stop.reason() == "deadline"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noticed_at_the_next_question(number):
+    before = signal.getsignal(number)
+    stop = StopRequest(None, Clock())
+    with listening(stop):
+        assert stop.reason() is None
+        os.kill(os.getpid(), number)
+        assert stop.reason() == f"signal {signal.Signals(number).name}"
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_is_named_before_the_deadline():
+    clock = Clock()
+    stop = StopRequest(1.0, clock)
+    clock.now += 10
+    stop.notice(signal.SIGTERM)
+    assert stop.reason() == "signal SIGTERM"
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_a_ctrl_c_after_any_signal_interrupts_at_once(first):
+    stop = StopRequest(None, Clock())
+    with listening(stop):
+        os.kill(os.getpid(), first)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_second_sigterm_does_not_interrupt():
+    stop = StopRequest(None, Clock())
+    stop.notice(signal.SIGTERM)
+    stop.notice(signal.SIGTERM)
+    assert stop.reason() == "signal SIGTERM"
+
+
+def test_handlers_come_back_after_an_error():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    with pytest.raises(RuntimeError), listening(StopRequest(None, Clock())):
+        raise RuntimeError
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
