@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -96,7 +97,7 @@ class Run:
 
 def resume_command(experiment: str, folder: Path) -> str:
     """The command that continues a run."""
-    return f"python experiments/{experiment}.py --resume {folder}"
+    return f"python experiments/{experiment}.py --resume {shlex.quote(str(folder))}"
 
 
 def load_runs(root: Path, experiment: str | None = None) -> dict[str, list[Run]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -15,9 +17,19 @@ from experiments.config import (
     load_config,
     parse_overrides,
     parse_single,
+    run_name,
     to_tree,
 )
-from experiments.errors import EXIT_BAD_INPUT, EXIT_TRY_AGAIN, RunBusyError, TrainingFailedError, UserError, nearest
+from experiments.errors import (
+    EXIT_BAD_INPUT,
+    EXIT_BUSY,
+    EXIT_INTERRUPTED,
+    EXIT_TRY_AGAIN,
+    RunBusyError,
+    TrainingFailedError,
+    UserError,
+    nearest,
+)
 from experiments.grid import grids, plan, relative
 
 
@@ -31,7 +43,7 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
         arguments: the command line without the program's name.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 bad input, 75 stopped with a checkpoint (or busy).
+        Exit code: 0 done, 1 failed, 2 bad input, 69 busy, 75 stopped with a checkpoint.
     """
     parser = _parser(experiment, description, grid)
     try:
@@ -42,14 +54,20 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
             )
         return _dispatch(experiment, grid, options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _leave(EXIT_BAD_INPUT, f"error: {error}")
     except RunBusyError as error:
-        print(f"busy: {error}", file=sys.stderr)
-        return EXIT_TRY_AGAIN
+        return _leave(EXIT_BUSY, f"busy: {error}")
     except TrainingFailedError as error:
-        print(f"failed: {error}", file=sys.stderr)
-        return 1
+        return _leave(1, f"failed: {error}")
+    except KeyboardInterrupt:
+        return _leave(EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint")
+
+
+def _leave(code: int, sentence: str) -> int:
+    """Say why, on the first rank only, and hand the exit code on."""
+    if os.environ.get("RANK", "0") == "0":
+        print(sentence, file=sys.stderr)
+    return code
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +77,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
     if options.resume is not None:
-        return _run_here(_replay(options.resume, options.overrides), options.pdb)
+        return _run_here(_replay(experiment, options.resume, options.overrides), options.pdb)
     overrides = parse_overrides(options.overrides)
     if options.submit:
         raise UserError(
@@ -73,7 +91,10 @@ def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
     from experiments.local import run_grid, show_plan
 
     jobs = _jobs(overrides.pop("jobs", [1]))
-    name = str(overrides.pop("grid", [grid])[0])
+    names = overrides.pop("grid", [grid])
+    if len(names) > 1:
+        raise UserError(f"expected one grid, got grid={','.join(map(str, names))}; start one after another.")
+    name = str(names[0])
     configs = plan(experiment, name, overrides)
     if options.dry_run:
         show_plan(configs, jobs)
@@ -82,16 +103,17 @@ def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
 
 
 def _run_here(config: Config, debugger: bool) -> int:
+    from experiments.training.folder import folder_of
     from experiments.training.loop import StoppedError
-    from experiments.training.run import folder_of, run
+    from experiments.training.run import run
 
     folder = relative(folder_of(config))
     finished_before = (folder_of(config) / "result.json").exists()
     try:
         result = run(config)
     except StoppedError as stop:
-        print(f"stopped ({stop}) with a checkpoint; the same command continues, or: --resume {folder}", file=sys.stderr)
-        return EXIT_TRY_AGAIN
+        again = f"--resume {shlex.quote(folder)}"
+        return _leave(EXIT_TRY_AGAIN, f"stopped ({stop}) with a checkpoint; the same command continues, or: {again}")
     except (UserError, RunBusyError):
         raise
     except Exception:
@@ -101,15 +123,21 @@ def _run_here(config: Config, debugger: bool) -> int:
             pdb.post_mortem()
         raise
     figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.endswith("/top1"))
-    print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
     return 0
 
 
-def _replay(folder: str, overrides: list[str]) -> Config:
+def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
     """The configuration of a run folder; only ``runtime`` may be changed."""
-    from experiments.training.run import folder_of
+    from experiments.training.folder import folder_of
 
     tree = to_tree(load_config(Path(folder) / "config.yaml"))
+    if tree["experiment"] != experiment:
+        raise UserError(
+            f"expected a run of {experiment}, got one of {tree['experiment']}; "
+            f"python experiments/{tree['experiment']}.py --resume {shlex.quote(folder)}"
+        )
     runtime = tree["runtime"]
     shared_root = tree["data"].get("root") == runtime["data_dir"]
     runtime["runs"] = str(Path(folder).resolve().parents[1])
@@ -126,7 +154,7 @@ def _replay(folder: str, overrides: list[str]) -> Config:
     config = from_tree(tree)
     if folder_of(config).resolve() != Path(folder).resolve():
         raise UserError(
-            f"expected the folder of this configuration, {folder_of(config)}, got {folder}; give it back its name."
+            f"expected a run in RUNS/{experiment}/{run_name(config)}, got {folder}; give both folders their names back."
         )
     return config
 
@@ -147,7 +175,7 @@ def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentPa
             f"method={{{','.join(choices_of('method'))}}} debug={{{','.join(choices_of('debug'))}}}. "
             f"Grids: {', '.join(grids(experiment))}. Every value of experiments/conf/{experiment}.yaml, and of the "
             "dataclasses in experiments/config.py, can be given as key=value. Exit codes: 0 done, 1 failed, "
-            "2 bad input, 75 stopped with a checkpoint or busy (the same command continues)."
+            "2 bad input, 69 busy, 75 stopped with a checkpoint (the same command continues)."
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

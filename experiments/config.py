@@ -175,11 +175,19 @@ def from_tree(tree: DictConfig | dict) -> Config:
         OmegaConf.resolve(merged)
         merged.recipe = {}
         config = OmegaConf.to_object(merged)
+        _make_root_absolute(config)
     except OmegaConfBaseException as error:
         where = f"bad value for {error.full_key}" if error.full_key else "configuration"
         raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
     return config
+
+
+def _make_root_absolute(config: Config) -> None:
+    """One folder has one name, from wherever a run is started or resumed."""
+    root = config.data.get("root")
+    if isinstance(root, str) and root != config.runtime.data_dir:
+        config.data["root"] = str(Path(root).expanduser().absolute())
 
 
 def load_config(path: Path) -> Config:
@@ -190,7 +198,7 @@ def load_config(path: Path) -> Config:
     """
     try:
         tree = yaml.safe_load(path.read_text())
-    except FileNotFoundError:
+    except OSError:
         raise UserError(
             f"expected a run folder with a config.yaml, got {path.parent}; `ls runs/*` shows them."
         ) from None
@@ -259,6 +267,8 @@ def validate(config: Config) -> None:
     _require(clip is None or clip > 0, "clip_grad_norm", "above 0 or null", clip)
     runtime = config.runtime
     _require(runtime.workers >= 0, "runtime.workers", "0 or more", runtime.workers)
+    seconds = runtime.checkpoint_seconds
+    _require(seconds >= 0, "runtime.checkpoint_seconds", "0 or more", seconds)
     _require(runtime.keep_checkpoints >= 1, "runtime.keep_checkpoints", "at least 1", runtime.keep_checkpoints)
     _require(runtime.log_every >= 1, "runtime.log_every", "at least 1", runtime.log_every)
     for key in ("threads", "checkpoint_steps"):
@@ -353,7 +363,7 @@ def _compose_groups(experiment: str, choices: tuple[tuple[str, str], ...]) -> Di
 def _set(tree: DictConfig, key: str, value: Any) -> None:
     known = _flat_keys(tree)
     if key not in known:
-        raise UserError(f"unknown key {key}; {nearest(key, known)}.")
+        raise UserError(f"unknown key {key}; {nearest(key, {*known, *GROUPS})}.")
     try:
         OmegaConf.update(tree, key, value, merge=False)
     except OmegaConfBaseException as error:

@@ -6,7 +6,9 @@ import difflib
 from collections.abc import Iterable
 
 EXIT_BAD_INPUT = 2
-EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: stopped with a checkpoint, or busy; the same command continues
+EXIT_BUSY = 69  # EX_UNAVAILABLE: another process trains this run
+EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: stopped with a checkpoint; the same command continues
+EXIT_INTERRUPTED = 130  # a second Ctrl-C
 
 
 class UserError(Exception):
@@ -14,7 +16,7 @@ class UserError(Exception):
 
 
 class RunBusyError(Exception):
-    """Another process is training this run. Exit code 75."""
+    """Another process is training this run. Exit code 69."""
 
 
 class TrainingFailedError(Exception):

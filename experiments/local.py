@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from experiments.config import Config
-from experiments.errors import EXIT_TRY_AGAIN
+from experiments.errors import EXIT_BUSY, EXIT_TRY_AGAIN
 from experiments.grid import relative
 from experiments.training.checkpoint import newest
-from experiments.training.run import folder_of, prepare_folder, state_of
+from experiments.training.folder import folder_of, prepare_folder, state_of
 
 _SCRIPTS = Path(__file__).parent
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 @dataclass
@@ -46,41 +50,65 @@ def show_plan(configs: list[Config], jobs: int) -> None:
 def run_grid(experiment: str, configs: list[Config], jobs: int) -> int:
     """Train what is not finished, each run in its own process; one that fails stops no other.
 
+    Ctrl-C, SIGTERM, SIGHUP and USR2 make every run write a checkpoint and leave; on Linux so
+    does the end of this process by any other means.
+
     Args:
         experiment: the script's name.
         configs: all runs of the plan.
         jobs: how many at a time; the machine's cores are shared among them.
 
     Returns:
-        Exit code: 0 all finished, 1 some failed, 75 stopped; the same command continues.
+        Exit code: 0 all finished, 1 some failed, 75 stopped or busy; the same command continues.
     """
-    folders = {prepare_folder(config): config for config in configs}
-    waiting = [folder for folder in folders if state_of(folder) != "finished"]
+    folders = {folder_of(config): config for config in configs}
+    states = {folder: state_of(folder) for folder in folders}
+    for folder, state in states.items():
+        if state not in ("finished", "running"):
+            prepare_folder(folders[folder])
+    waiting = [folder for folder, state in states.items() if state != "finished"]
     done = len(folders) - len(waiting)
     print(f"{len(folders)} runs, {done} finished already, {jobs} at a time.", flush=True)
-    environment = _environment(jobs)
-    active: list[_Started] = []
-    outcomes: Counter[str] = Counter()
-    stopping = False
-    with tqdm(total=len(folders), initial=done, unit="run", dynamic_ncols=True, disable=None) as bar:
-        try:
-            while active or (waiting and not stopping):
-                while waiting and len(active) < jobs and not stopping:
-                    active.append(_start(experiment, waiting.pop(0), folders, environment))
-                time.sleep(0.05)
-                for started in [item for item in active if item.process.poll() is not None]:
-                    active.remove(started)
-                    outcome = _report(started)
-                    outcomes[outcome] += 1
-                    stopping |= outcome == "stopped"
-                    bar.update(outcome == "finished")
-        except KeyboardInterrupt:
-            _pass_on(active)
-            outcomes["stopped"] += len(active)
+    environment, active, outcomes = _environment(jobs), [], Counter()
+    with tqdm(total=len(folders), initial=done, unit="run", dynamic_ncols=True, disable=None) as bar, _told() as stop:
+        while active or (waiting and not stop):
+            while waiting and len(active) < jobs and not stop:
+                active.append(_start(experiment, waiting.pop(0), folders, environment))
+            time.sleep(0.05)
+            if stop and not outcomes["told"]:
+                outcomes["told"] = 1
+                tqdm.write(f"{stop[0]}: each run writes a checkpoint; the same command continues")
+                _pass_on(active)
+            for started in [item for item in active if item.process.poll() is not None]:
+                active.remove(started)
+                outcome = _report(started)
+                outcomes[outcome] += 1
+                bar.update(outcome == "finished")
+    del outcomes["told"]
+    outcomes["not started"] = len(waiting)
     print(f"{done + outcomes['finished']} of {len(folders)} runs finished" + _rest(outcomes))
     if outcomes["failed"]:
         return 1
-    return EXIT_TRY_AGAIN if outcomes["stopped"] or outcomes["busy"] else 0
+    return 0 if done + outcomes["finished"] == len(folders) else EXIT_TRY_AGAIN
+
+
+@contextmanager
+def _told() -> Iterator[list[str]]:
+    """A list that gets the name of each signal that asks to stop."""
+    names: list[str] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2)
+    before = {n: signal.signal(n, lambda number, _: names.append(signal.Signals(number).name)) for n in numbers}
+    try:
+        yield names
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_with_parent() -> None:
+    """In a child: SIGTERM when the parent is gone, however it went (Linux)."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGTERM)
 
 
 def _start(experiment: str, folder: Path, configs: dict[Path, Config], environment: dict[str, str]) -> _Started:
@@ -92,7 +120,12 @@ def _start(experiment: str, folder: Path, configs: dict[Path, Config], environme
     with open(output, "ab") as file:
         # Its own process group: a Ctrl-C reaches it through us, once.
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
     return _Started(folder, process, output)
 
@@ -102,22 +135,15 @@ def _report(started: _Started) -> str:
     if state_of(started.folder) == "finished":
         tqdm.write(f"finished  {name}")
         return "finished"
-    if code == EXIT_TRY_AGAIN:
-        busy = "is being trained" in _last_line(started.output)
-        tqdm.write(f"{'busy' if busy else 'stopped':<9} {name}: {_last_line(started.output)}")
-        return "busy" if busy else "stopped"
-    tqdm.write(
-        f"failed    {name} (exit code {code}): {_last_line(started.output)}; all of it in {relative(started.output)}"
-    )
-    return "failed"
+    outcome = {EXIT_TRY_AGAIN: "stopped", -signal.SIGTERM: "stopped", EXIT_BUSY: "busy"}.get(code, "failed")
+    place = f" (exit code {code}; all of it in {relative(started.output)})" if outcome == "failed" else ""
+    tqdm.write(f"{outcome:<9} {name}: {_last_line(started.output)}{place}")
+    return outcome
 
 
 def _pass_on(active: list[_Started]) -> None:
-    tqdm.write("stopping: each run writes a checkpoint; the same command continues")
     for started in active:
         started.process.send_signal(signal.SIGTERM)
-    for started in active:
-        started.process.wait()
 
 
 def _environment(jobs: int) -> dict[str, str]:

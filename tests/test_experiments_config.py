@@ -176,7 +176,7 @@ RESUME = [
     ("runtime.wokers=1", "nearest: runtime.workers"),
     ("runtime.workers=many", "runtime.workers"),
     ("runtime.threads=0", "runtime.threads"),
-    ("runtime.runs=elsewhere", "expected the folder of this configuration"),
+    ("runtime.runs=elsewhere", "expected a run in RUNS/quickstart/"),
 ]
 
 

@@ -276,7 +276,7 @@ def test_hooks_are_called_in_the_documented_order(tmp_path, monkeypatch):
             yield "recording/calls", float(len(calls))
 
     monkeypatch.setattr("tract.methods.base.Method", Recording)
-    steps = [[f"before_step {s}", "accumulating", "penalty", "accumulated", f"after_step {s}"] for s in range(2)]
+    steps = [[f"before_step {s}", "accumulating", "accumulated", "penalty", f"after_step {s}"] for s in range(2)]
     config, result, _ = _train(tmp_path, max_steps=2, micro_batch=64)
     assert calls == ["apply", "param_groups", *steps[0], *steps[1], "views", "metrics"]
     assert result["metrics"]["recording/calls"] == len(calls)

@@ -42,6 +42,7 @@ def test_without_a_deadline_time_does_not_stop():
 def test_the_longest_stretch_counts_but_writing_a_checkpoint_is_no_stretch():
     clock = Clock()
     stop = StopRequest(100.0, clock)
+    assert stop.reason() is None  # the first question starts the first stretch
     clock.now += 20
     assert stop.reason() is None
     clock.now += 30
@@ -92,3 +93,14 @@ def test_handlers_come_back_after_an_error():
     with pytest.raises(RuntimeError), listening(StopRequest(None, Clock())):
         raise RuntimeError
     assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_a_slow_start_is_no_stretch():
+    """Twelve minutes of reading data leave most of half an hour for training."""
+    clock = Clock()
+    stop = StopRequest(1800.0, clock)
+    clock.now += 720
+    assert stop.reason() is None
+    while stop.reason() is None:
+        clock.now += 10
+    assert 1760 < clock.now - Clock().now < 1800

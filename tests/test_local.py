@@ -9,8 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from experiments import cli
+from experiments.config import compose_config, to_tree
+from experiments.training.files import is_locked
+from tests.holding import held_elsewhere
 
 ROOT = Path(__file__).parents[1]
 TINY = ["epochs=1", "max_steps=3", "model.width=8", "runtime.threads=1"]
@@ -72,29 +76,49 @@ def test_a_failing_run_stops_no_other(tmp_path, capsys):
     assert sorted(path.parent.name.split("-")[-2] for path in tmp_path.rglob("result.json")) == ["s1"]
 
 
-def test_ctrl_c_leaves_checkpoints_and_the_same_command_continues(tmp_path):
-    choice = [
-        "model=resnet_small",
-        "model.width=8",
-        "seed=0",
-        "method=tract",
-        "epochs=30",
-        f"runtime.runs={tmp_path}",
-        "--local",
-    ]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_grid_that_is_stopped_leaves_checkpoints_and_no_process(tmp_path, number):
+    """Also when the grid's own process is killed; the same command continues."""
+    choice = ["model=resnet_small", "model.width=8", "seed=0", "method=tract", "epochs=20", "runtime.threads=1"]
+    choice += [f"runtime.runs={tmp_path}", "--local"]
     process = subprocess.Popen(command(*choice), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    deadline = time.monotonic() + 60
-    while not any("epoch 2/" in path.read_text() for path in tmp_path.rglob("log.txt")):
-        assert time.monotonic() < deadline, process.communicate()[0]
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    wait_until(lambda: any("epoch 2/" in path.read_text() for path in tmp_path.rglob("log.txt")), process)
+    process.send_signal(number)
     said, _ = process.communicate(timeout=60)
-    assert process.returncode == 75, said
+    assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75), said
     (folder,) = run_folders(tmp_path)
+    wait_until(lambda: not is_locked(folder))
     assert list((folder / "checkpoints").glob("step-*.pt"))
+    assert not (folder / "result.json").exists()
     assert quickstart(*choice) == 0
     assert "continues at step" in (folder / "log.txt").read_text()
+
+
+def test_a_busy_run_is_named_and_stops_no_other(tmp_path, capsys):
+    selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
+    quickstart("--dry-run", *selection)
+    name = next(word for word in capsys.readouterr().out.split() if "-s0-" in word)
+    folder = tmp_path / "quickstart" / Path(name).name
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(chosen(tmp_path))))
+    with held_elsewhere(folder):
+        assert quickstart("--local", *selection) == 75
+    said = capsys.readouterr().out
+    assert "busy      " in said
+    assert "1 of 2 runs finished (1 busy" in said
+
+
+def chosen(runs: Path):
+    tiny = {"epochs": 1, "max_steps": 3, "model": "resnet_small", "model.width": 8, "runtime.threads": 1}
+    return compose_config("quickstart", tiny | {"runtime.runs": str(runs)})
+
+
+def wait_until(condition, process: subprocess.Popen | None = None) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
 
 
 def test_resume_continues_exactly_that_folder(tmp_path):
@@ -108,7 +132,6 @@ def test_resume_continues_exactly_that_folder(tmp_path):
     assert run_folders(tmp_path) == [folder]
 
 
-@pytest.mark.parametrize("flag", ["--submit"])
-def test_what_is_not_there_yet_says_so(flag, capsys):
-    assert quickstart(flag) == 2
+def test_submit_says_that_it_is_not_there_yet(capsys):
+    assert quickstart("--submit") == 2
     assert "use --local or --dry-run" in capsys.readouterr().err

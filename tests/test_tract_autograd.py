@@ -1,5 +1,7 @@
 """TrAct together with the rest of autograd: compilation, checkpointing, hooks, frozen weights."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn as nn
@@ -117,27 +119,58 @@ def test_a_hook_that_runs_when_the_gradient_is_complete_sees_the_tract_gradient(
     assert not seen
 
 
+LOSSES = {"linear": lambda z: z.sum(), "curved": lambda z: z.tanh().sum()}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize("of", ["weight", "input", "bias"])
 @pytest.mark.parametrize("name", ["linear", "linear few rows", "conv2d", "conv2d few rows"])
-def test_a_second_derivative_is_an_error_that_says_so(name):
+def test_a_second_derivative_is_an_error_that_says_so(name, of, loss):
+    """Of the gradient of the weight, and of a gradient penalty on the input, whatever the loss."""
     layer, x, _ = make(name)
-    (gradient,) = torch.autograd.grad(TrAct(layer)(x).tanh().sum(), layer.weight, create_graph=True)
+    x.requires_grad_()
+    source = {"weight": layer.weight, "input": x, "bias": layer.bias}[of]
+    (gradient,) = torch.autograd.grad(loss(TrAct(layer)(x)), source, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no second derivative.*tract\.unwrap"):
         gradient.square().sum().backward()
 
 
-def test_penalty_on_the_input_gradient_is_preconditioned_like_any_loss():
-    """The penalty's second derivative passes the weight once, so the closed form applies to it."""
-    layer, x, _ = make("linear")
+@pytest.mark.parametrize("with_input_gradient", [False, True])
+@pytest.mark.parametrize("name", ["linear", "linear few rows", "linear tokens", "conv2d", "conv2d few rows"])
+def test_an_in_place_operation_may_follow(name, with_input_gradient):
+    layer, x, _ = make(name)
+    wrapped = TrAct(layer)
+    gradients = []
+    for inplace in (False, True):
+        wrapped.zero_grad()
+        z = wrapped(x.clone().requires_grad_(with_input_gradient))
+        nn.functional.relu(z, inplace=inplace).square().sum().backward()
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)
 
-    def penalty(model, x):
-        layer.zero_grad()
-        x = x.clone().requires_grad_()
-        (dx,) = torch.autograd.grad(model(x).tanh().sum(), x, create_graph=True)
-        dx.square().sum().backward()
-        return layer.weight.grad.clone()
 
-    expected = reference.preconditioned(penalty(layer, x), reference.second_moment(layer, x), 0.1)
-    assert error(penalty(TrAct(layer, 0.1), x), expected) < 1e-10
+def test_options_changed_after_wrapping_count():
+    """As when an ImageNet stem is made a CIFAR one."""
+    wrapped = TrAct(nn.Conv2d(3, 4, 3, stride=2, padding=1).double())
+    wrapped.stride, wrapped.padding, wrapped._reversed_padding_repeated_twice = (1, 1), (0, 0), [0] * 4
+    fresh = nn.Conv2d(3, 4, 3).double()
+    fresh.load_state_dict(wrapped.state_dict())
+    x = torch.randn(4, 3, 8, 8).double()
+    direction = torch.randn_like(fresh(x)).detach()
+    (wrapped(x) * direction).sum().backward()
+    assert error(wrapped.weight.grad, reference.tract_gradient(fresh, x, direction, 0.1)) < 1e-10
+
+
+@pytest.mark.parametrize("context", [contextlib.nullcontext, accumulate])
+def test_a_layer_called_twice_needs_accumulate_to_count_all_rows(context):
+    wrapped = TrAct(nn.Linear(6, 4).double())
+    x = torch.randn(40, 6).double() * torch.linspace(0.1, 3, 40)[:, None]
+    wrapped(x).square().sum().backward()
+    together = wrapped.weight.grad.clone()
+    wrapped.zero_grad()
+    with context(wrapped) if context is accumulate else context():
+        (wrapped(x[:20]).square().sum() + wrapped(x[20:]).square().sum()).backward()
+    assert (error(wrapped.weight.grad, together) < 1e-10) == (context is accumulate)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

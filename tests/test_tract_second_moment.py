@@ -10,7 +10,7 @@ from tract import TrAct
 
 
 def _total(layer, x):
-    return code.second_moment(x, TrAct(layer)._geometry)
+    return code.second_moment(x, TrAct(layer)._geometry())
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def test_second_moment_is_the_sum_of_outer_products_of_rows_in_float64(name, dty
 @pytest.mark.parametrize("name", LAYERS)
 def test_row_count_is_the_number_of_rows(name):
     layer, x, _ = make(name)
-    assert TrAct(layer)._geometry.count_rows(x) == reference.rows(layer, x).shape[1]
+    assert TrAct(layer)._geometry().count_rows(x) == reference.rows(layer, x).shape[1]
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_unfold_gives_the_rows_in_some_order(name):
     layer, x, _ = make(name)
-    unfolded = code.unfold(x, TrAct(layer)._geometry).mT
+    unfolded = code.unfold(x, TrAct(layer)._geometry()).mT
     for actual, expected in zip(unfolded, reference.rows(layer, x), strict=True):
         assert sorted(actual.tolist()) == sorted(expected.tolist())
 
@@ -66,7 +66,7 @@ def test_blocks_hold_every_row_once_and_respect_the_buffer(name, elements, limit
     """A block is as large as the buffer, or the smallest possible: one line of output positions."""
     layer, x, _ = make(name)
     limit(elements)
-    geometry = TrAct(layer)._geometry
+    geometry = TrAct(layer)._geometry()
     blocks = list(code._row_blocks(x, geometry))
     assert sum(block.shape[-1] for block in blocks) == _rows(layer, x)
     line = torch.Size(geometry.output_size(tuple(x.shape[2:]))[1:]).numel() if geometry.kernel else 1

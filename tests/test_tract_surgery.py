@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from tests.tract_layers import error
-from tract import TrActConv2d, TrActLayer, TrActLinear, apply_tract, unwrap
+from tract import TrAct, TrActConv2d, TrActLayer, TrActLinear, apply_tract, unwrap
 
 
 class HeadFirst(nn.Module):
@@ -151,3 +151,29 @@ def test_unwrapping_gives_the_plain_gradients_back():
 def test_unwrapping_a_plain_model_is_an_error():
     with pytest.raises(ValueError, match="there is nothing to unwrap"):
         unwrap(HeadFirst())
+
+
+class Subclass(nn.Conv2d):
+    pass
+
+
+UNSUPPORTED = {
+    "lazy": lambda: nn.LazyConv2d(8, 3),
+    "subclass": lambda: Subclass(3, 8, 3),
+    "parametrized": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("make_first", UNSUPPORTED.values(), ids=UNSUPPORTED)
+@pytest.mark.parametrize("by_example", [False, True])
+def test_a_first_layer_that_cannot_be_wrapped_is_refused_not_passed_over(make_first, by_example):
+    model = nn.Sequential(make_first(), nn.Conv2d(8, 8, 3))
+    example = torch.zeros(1, 3, 8, 8) if by_example and not isinstance(model[0], nn.LazyConv2d) else None
+    with pytest.raises(TypeError, match="TrAct supports nn.Linear"):
+        apply_tract(model, example=example)
+
+
+def test_unwrapping_under_a_parametrization_is_refused():
+    wrapped = nn.utils.parametrizations.spectral_norm(TrAct(nn.Conv2d(3, 8, 3)))
+    with pytest.raises(TypeError, match="remove the parametrization"):
+        unwrap(wrapped)

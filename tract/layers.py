@@ -29,6 +29,7 @@ from torch import Tensor
 
 from tract.distributed import world_size
 from tract.ops import (
+    FirstDerivativeOnly,
     PreconditionDual,
     PreconditionWeight,
     damped_solve_op,
@@ -63,12 +64,12 @@ class TrActLayer(nn.Module):
             raise ValueError(f'expected statistics="global" or "local", got {statistics!r}.')
         self.statistics = statistics
         self.label = type(self).__name__
-        self._geometry = self._read_geometry()
         # X^T X and b over the micro-batches of one optimizer step, inside `accumulate`.
         self._total: Tensor | None = None
         self._rows: Tensor | None = None
 
-    def _read_geometry(self) -> Geometry:
+    def _geometry(self) -> Geometry:
+        # Read anew each time: options such as stride are often changed on a finished layer.
         raise NotImplementedError
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -76,32 +77,23 @@ class TrActLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The plain layer's output; records what the weight gradient will need."""
-        weight, geometry = self.weight, self._geometry
+        weight, geometry = self.weight, self._geometry()
         if not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
             return self._plain_forward(x, weight, self.bias)
         everywhere = self.statistics == "global" and world_size() > 1
         rows = geometry.count_rows(x)
+        arguments = geometry_arguments(geometry)
         if self._total is not None:
-            self._gather(x, rows)
+            self._total.add_(second_moment_op(x.detach(), *arguments))
+            self._rows.add_(rows)
         elif 0 < rows < geometry.row_length and not everywhere:
-            return self._dual_forward(x)
+            output = self._plain_forward(x, weight.detach(), self.bias)
+            return PreconditionDual.apply(output, weight, x.detach(), arguments, self.lambda_, self.label)
         else:
-            weight = self._preconditioned(weight, x, rows, everywhere)
-        return self._plain_forward(x, weight, self.bias)
-
-    def _gather(self, x: Tensor, rows: int) -> None:
-        self._total.add_(second_moment_op(x.detach(), *geometry_arguments(self._geometry)))
-        self._rows.add_(rows)
-
-    def _preconditioned(self, weight: Tensor, x: Tensor, rows: int, everywhere: bool) -> Tensor:
-        total = second_moment_op(x.detach(), *geometry_arguments(self._geometry))
-        moment = mean_moment_op(total, total.new_full((), rows), everywhere, self.label)
-        return PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
-
-    def _dual_forward(self, x: Tensor) -> Tensor:
-        output = self._plain_forward(x, self.weight.detach(), self.bias)
-        geometry = geometry_arguments(self._geometry)
-        return PreconditionDual.apply(output, self.weight, x.detach(), geometry, self.lambda_, self.label)
+            total = second_moment_op(x.detach(), *arguments)
+            moment = mean_moment_op(total, total.new_full((), rows), everywhere, self.label)
+            weight = PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
+        return FirstDerivativeOnly.apply(self._plain_forward(x, weight, self.bias))
 
     def begin_accumulation(self) -> Tensor | None:
         """Gather statistics instead of applying them; returns the gradient that was there.
@@ -115,7 +107,8 @@ class TrActLayer(nn.Module):
             )
         earlier = None if self.weight.grad is None else self.weight.grad.clone()
         self.weight.grad = None
-        n, groups = self._geometry.row_length, self._geometry.groups
+        geometry = self._geometry()
+        n, groups = geometry.row_length, geometry.groups
         self._total = self.weight.new_zeros((groups, n, n), dtype=torch.float64)
         self._rows = self._total.new_zeros(())
         return earlier
@@ -160,7 +153,7 @@ class TrActLinear(TrActLayer, nn.Linear):
         super().__init__(*args, **kwargs)
         self._configure(lambda_, l, statistics)
 
-    def _read_geometry(self) -> Geometry:
+    def _geometry(self) -> Geometry:
         return Geometry(self.in_features)
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -168,7 +161,7 @@ class TrActLinear(TrActLayer, nn.Linear):
 
 
 class _TrActConv(TrActLayer):
-    def _read_geometry(self) -> Geometry:
+    def _geometry(self) -> Geometry:
         return Geometry(
             self.in_channels,
             self.kernel_size,
@@ -213,7 +206,7 @@ WRAPPED = {
     nn.Conv2d: TrActConv2d,
     nn.Conv3d: TrActConv3d,
 }
-_OWN_STATE = ("lambda_", "statistics", "label", "_geometry", "_total", "_rows")
+_OWN_STATE = ("lambda_", "statistics", "label", "_total", "_rows")
 
 
 def TrAct(  # noqa: N802
@@ -227,6 +220,10 @@ def TrAct(  # noqa: N802
 
     Equation: G -> G (X^T X / b + lambda I)^-1 (arXiv 2410.23970, section 3), G of shape
     (g, m, n), X of shape (g, b, n), over the global batch. With groups, one factor per group.
+
+    X holds the rows of one forward pass. A layer that is called several times in a step, or
+    whose step has several backward passes, needs :func:`tract.accumulate` around them, which
+    takes the rows of all together.
 
     Args:
         layer: an nn.Linear, nn.Conv1d, nn.Conv2d or nn.Conv3d.
@@ -256,8 +253,12 @@ def TrAct(  # noqa: N802
 
 def unwrapped(layer: TrActLayer) -> nn.Module:
     """The plain layer with the same tensors, hooks and options."""
-    plain_type = next(plain for plain, wrapped in WRAPPED.items() if wrapped is type(layer))
-    plain = _same_state(layer, plain_type)
+    plain_types = [plain for plain, wrapped in WRAPPED.items() if wrapped is type(layer)]
+    if not plain_types:
+        raise TypeError(
+            f"expected a TrAct layer as TrAct() makes it, got {type(layer).__name__}; remove the parametrization first."
+        )
+    plain = _same_state(layer, plain_types[0])
     for name in _OWN_STATE:
         del plain.__dict__[name]
     return plain

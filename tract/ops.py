@@ -87,7 +87,7 @@ def damped_solve_op(gradient: Tensor, moment: Tensor, damping: float, layer: str
     groups, n, _ = moment.shape
     product, succeeded = damped_solve(gradient.reshape(groups, -1, n), moment, damping)
     require(succeeded, _not_factorised(layer, damping))
-    return product.to(gradient.dtype).reshape(gradient.shape)
+    return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
 
 
 @damped_solve_op.register_fake
@@ -115,7 +115,7 @@ def damped_solve_dual_op(
     require(torch.isfinite(rows.sum()), _non_finite(layer))
     product, succeeded = damped_solve_dual(output_columns(output_gradient, geometry), rows, damping)
     require(succeeded, _not_factorised(layer, damping))
-    return product
+    return product.contiguous()
 
 
 @damped_solve_dual_op.register_fake
@@ -135,7 +135,7 @@ damped_solve_dual_op.register_autograd(_no_second_derivative)
 
 def _non_finite(layer: str) -> str:
     return (
-        f"TrAct layer {layer}: expected finite inputs, got inf or nan; check the data and its "
+        f"TrAct layer {layer}: expected finite inputs (with finite squares), got inf or nan; check the data and its "
         "normalisation, and the loss of the steps before."
     )
 
@@ -168,6 +168,48 @@ class PreconditionWeight(torch.autograd.Function):
         return damped_solve_op(gradient, moment, ctx.damping, ctx.layer), None, None, None
 
 
+class _EndOfDifferentiation(torch.autograd.Function):
+    """Identity that cannot be differentiated; ``anchor`` requires a gradient, so that it is always asked."""
+
+    @staticmethod
+    def forward(gradient: Tensor, anchor: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        raise RuntimeError(_SECOND_DERIVATIVE)
+
+
+def _first_derivative(gradient: Tensor) -> Tensor:
+    """The gradient itself; a derivative of it is an error. (Gradients are on here with create_graph=True only.)"""
+    if not torch.is_grad_enabled():
+        return gradient
+    return _EndOfDifferentiation.apply(gradient, torch.zeros((), requires_grad=True))
+
+
+class FirstDerivativeOnly(torch.autograd.Function):
+    """Identity on an output whose gradient cannot be differentiated again."""
+
+    @staticmethod
+    def forward(output: Tensor) -> Tensor:
+        """The output itself."""
+        return output
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """The output is handed on, not copied; an in-place operation may follow."""
+        ctx.mark_dirty(output)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> Tensor:
+        """The gradient as it is."""
+        return _first_derivative(gradient)
+
+
 class PreconditionDual(torch.autograd.Function):
     """The output going forward; the TrAct weight gradient from the output's gradient going back.
 
@@ -178,12 +220,13 @@ class PreconditionDual(torch.autograd.Function):
 
     @staticmethod
     def forward(output: Tensor, weight: Tensor, x: Tensor, geometry: tuple, damping: float, layer: str) -> Tensor:
-        """The output itself (a view)."""
-        return output.view_as(output)
+        """The output itself."""
+        return output
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """Keep a reference to the input."""
+        """Keep a reference to the input. An in-place operation may follow on the output."""
+        ctx.mark_dirty(output)
         _, weight, x, ctx.geometry, ctx.damping, ctx.layer = inputs
         ctx.weight_shape, ctx.weight_dtype = weight.shape, weight.dtype
         ctx.save_for_backward(x)
@@ -191,6 +234,7 @@ class PreconditionDual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         """The output's gradient as it is, and the weight gradient."""
+        gradient = _first_derivative(gradient)
         (x,) = ctx.saved_tensors
         product = damped_solve_dual_op(gradient, x, *ctx.geometry, ctx.damping, ctx.layer)
         return gradient, product.to(ctx.weight_dtype).reshape(ctx.weight_shape), None, None, None, None

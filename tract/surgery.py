@@ -98,12 +98,14 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
         setattr(parent, name, new)
 
 
-def _supported(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if name and type(module) in WRAPPED}
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear and Conv layers, with subclasses and lazy ones: those are not passed over but refused."""
+    kinds = (*WRAPPED, nn.modules.lazy.LazyModuleMixin)
+    return {name: module for name, module in model.named_modules() if name and isinstance(module, kinds)}
 
 
 def _first_layer(model: nn.Module) -> str:
-    names = list(_supported(model))
+    names = list(_candidates(model))
     if not names:
         raise ValueError(
             f"expected a model that contains one of {', '.join(k.__name__ for k in WRAPPED)}, got "
@@ -116,7 +118,7 @@ def _first_reached(model: nn.Module, example: torch.Tensor) -> str:
     reached: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
-        for name, module in _supported(model).items()
+        for name, module in _candidates(model).items()
     ]
     training = {module: module.training for module in model.modules()}
     try:
@@ -136,7 +138,7 @@ def _named_layer(model: nn.Module, name: str) -> nn.Module:
     modules = dict(model.named_modules())
     if name and name in modules:
         return modules[name]
-    near = difflib.get_close_matches(name, _supported(model), n=3, cutoff=0.0)
+    near = difflib.get_close_matches(name, _candidates(model), n=3, cutoff=0.0)
     raise ValueError(
         f"expected the name of a layer of {type(model).__name__}, got {name!r}; nearest: {', '.join(near)}."
     )

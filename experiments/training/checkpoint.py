@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +76,29 @@ def load(path: Path, config_hash: str) -> dict[str, Any]:
     return content
 
 
-def newest_good(folder: Path, config_hash: str, report) -> Path | None:
+def newest_good(
+    folder: Path,
+    config_hash: str,
+    report: Callable[[str], None],
+    fault: Callable[[dict[str, Any]], str | None] = lambda content: None,
+) -> Path | None:
     """The newest checkpoint that can be read, or None; every bad one is reported by name.
 
     Args:
         folder: the run's ``checkpoints`` folder; temporary files in it are deleted.
         config_hash: the configuration of the run.
         report: called with one sentence for each checkpoint that is passed over.
+        fault: told a checkpoint's content, why it cannot be used all the same, or None.
     """
     remove_leftovers(folder)
     for path in _newest_first(folder):
         try:
-            load(path, config_hash)
+            reason = fault(load(path, config_hash))
         except (CheckpointError, OSError) as error:
-            report(f"{error}; it is passed over")
-        else:
+            reason = str(error)
+        if reason is None:
             return path
+        report(f"{path.name}: {reason}; it is passed over")
     return None
 
 

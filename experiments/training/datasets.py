@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from experiments.errors import UserError
 
-IMAGE_ENDINGS = (".jpeg", ".jpg", ".png", ".webp", ".gif")
 _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are kept in memory without being asked
 
 
@@ -128,6 +128,8 @@ def imagefolder(
         UserError: missing folders, no images, different classes in the two splits.
     """
     base = Path(root).expanduser()
+    if image_size is not None and image_size < 1:
+        raise UserError(f"expected data.image_size to be at least 1 or null, got {image_size}.")
     train_files, train_labels, classes = _list_images(base, ("train",))
     test_files, test_labels, test_classes = _list_images(base, ("test", "val"))
     if classes != test_classes:
@@ -162,17 +164,27 @@ def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor
             f"expected {' or '.join(f'{name}/' for name in names)} with one folder per class "
             f"in data.root={base}, got {found}."
         )
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    files, labels = [], []
+    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    files, labels, others = [], [], []
     for label, name in enumerate(classes):
-        images = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_ENDINGS)
+        found = _visible_files(folder / name)
+        images = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS]
+        others += [path for path in found if path.suffix.lower() not in IMG_EXTENSIONS]
         if not images:
             raise UserError(f"expected images in {folder / name}, got none; remove the folder or fill it.")
         files += images
         labels += [label] * len(images)
+    if others:
+        tqdm.write(f"{folder}: {len(others)} files that are no images are left out, such as {others[0]}")
     if not files:
         raise UserError(f"expected folders of classes with images in {folder}, got none; give data.root=DIR.")
     return files, torch.tensor(labels), classes
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, sorted, without hidden ones."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def _decode(path: Path) -> Tensor:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from experiments.errors import RunBusyError
+from experiments.errors import RunBusyError, UserError
 
 TEMPORARY = ".tmp"
 _ATTEMPTS = 4
@@ -21,11 +21,15 @@ _ATTEMPTS = 4
 def write_atomically(path: Path, content: bytes) -> None:
     """Write beside, flush to disk, rename, flush the folder: readers see all or nothing."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # half a file on a full disk helps nobody
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -53,8 +57,13 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         RunBusyError: another process holds it.
+        UserError: the folder cannot be written.
     """
-    with open(folder / "lock", "a+") as file:
+    try:
+        file = open(folder / "lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"expected a folder that can be written, got {folder}: {error.strerror}.") from None
+    with file:
         for attempt in range(_ATTEMPTS):  # `is_locked` elsewhere may hold it for an instant
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -84,6 +84,16 @@ def cut_events(folder: Path, sizes: dict[str, int]) -> None:
             os.truncate(path, sizes[path.name])
 
 
+def lost_events(folder: Path, sizes: dict[str, int]) -> str | None:
+    """Why event files cannot be cut back to these lengths: one is missing or too short."""
+    for name, size in sizes.items():
+        path = folder / name
+        found = path.stat().st_size if path.exists() else None
+        if found is None or found < size:
+            return f"its record {name} should have {size} bytes and {'is missing' if found is None else f'has {found}'}"
+    return None
+
+
 class _BesideTheBar(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record))

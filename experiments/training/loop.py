@@ -148,6 +148,8 @@ class Trainer:
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
         self._speed_images = self._speed_steps = 0
         with self._bar:
+            if self._told_to_stop():
+                raise StoppedError("told to stop before the first step")
             while True:
                 if self._evaluation_is_due():
                     self._evaluate()
@@ -176,6 +178,7 @@ class Trainer:
         parts = self._parts(global_count)
         with self.method.accumulating(self.model) if parts > 1 else nullcontext():
             self._backward(images, labels, global_count, parts)
+        self._add_penalty()
         if config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
@@ -189,8 +192,8 @@ class Trainer:
 
     def _parts(self, global_count: int) -> int:
         """Micro-batches of a batch: equally many on every rank, none of them empty."""
-        share = max(1, global_count // self.ranks.size)
-        return math.ceil(share / (self.config.micro_batch or share))
+        smallest, largest = global_count // self.ranks.size, math.ceil(global_count / self.ranks.size)
+        return min(max(1, smallest), math.ceil(largest / (self.config.micro_batch or largest)))
 
     def _backward(self, images: Tensor, labels: Tensor, global_count: int, parts: int) -> None:
         """Gradients of the mean loss over the global batch."""
@@ -204,11 +207,19 @@ class Trainer:
                     scores.float(), target, reduction="sum", label_smoothing=self.config.label_smoothing
                 )
                 loss = total * (self.ranks.size / global_count)
-                penalty = self.method.penalty(self.model) if together else None
-                if penalty is not None:
-                    loss = loss + penalty
             self.scaler.scale(loss).backward()
             self._note(total.detach(), scores.detach(), target)
+
+    def _add_penalty(self) -> None:
+        """The penalty's own gradient, the same on every rank, added once to the finished gradients."""
+        penalty = self.method.penalty(self.model)
+        if penalty is None:
+            return
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        gradients = torch.autograd.grad(self.scaler.scale(penalty), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _note(self, total: Tensor, scores: Tensor, target: Tensor) -> None:
         hits = (scores.argmax(1) == target).sum()
@@ -302,6 +313,10 @@ class Trainer:
     def _evaluate(self) -> None:
         speed = self._images_per_second() if self._speed_images else None
         metrics = {}
+        # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
+        self.ranks.share(self.model.buffers())
+        if self.ema is not None:
+            self.ranks.share(self.ema.module.buffers())
         self.model.eval()
         try:
             for name, predictor in self._views():

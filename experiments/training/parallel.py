@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from experiments.errors import UserError
+from experiments.errors import RunBusyError, UserError
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,26 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def from_first(self, value):
+    def agree(self, action: Callable[[], Any]) -> Any:
+        """Do something on the first rank only; all ranks get its (small, picklable) value, or raise its error."""
+        outcome = None
+        if self.first:
+            try:
+                outcome = (action(), None)
+            except (UserError, RunBusyError) as error:
+                outcome = (None, error)
+        value, error = self.from_first(outcome)
+        if error is not None:
+            raise error
+        return value
+
+    def share(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite these tensors with those of the first rank."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, src=0)
+
+    def from_first(self, value: Any) -> Any:
         """The first rank's value (any small picklable object), on every rank."""
         if self.size == 1:
             return value
@@ -76,7 +96,10 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda")
     except RuntimeError:
+        known = False
+    if not known:
         raise UserError(f"expected runtime.device to be auto, cpu, cuda or cuda:N, got {name!r}.") from None
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():

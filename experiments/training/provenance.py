@@ -38,6 +38,7 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
     path = folder / "provenance.json"
     attempts = _earlier_attempts(path)
     diff = _git("diff", "HEAD")
+    untracked = _git("ls-files", "--others", "--exclude-standard").splitlines()
     patch = None
     if diff:
         patch = f"diff-{hashlib.sha256(diff.encode()).hexdigest()[:8]}.patch"
@@ -46,8 +47,9 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": _git("rev-parse", "HEAD").strip() or None,
-        "dirty": bool(diff),
+        "dirty": bool(diff or untracked),
         "diff": patch,
+        "untracked": untracked[:100],
         "packages": _versions(),
         "hardware": _hardware(device),
         "world_size": ranks,
@@ -59,16 +61,27 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
 
 
 def _earlier_attempts(path: Path) -> list[dict]:
-    try:
-        return json.loads(path.read_text())["attempts"]
-    except (OSError, ValueError, KeyError):
+    if not path.exists():
         return []
+    try:
+        attempts = json.loads(path.read_text())["attempts"]
+        if isinstance(attempts, list):
+            return attempts
+    except (ValueError, KeyError, TypeError):
+        pass
+    path.replace(path.with_name("provenance-damaged.json"))  # kept for a person to look at
+    return []
 
 
 def _git(*arguments: str) -> str:
     try:
         return subprocess.run(
-            ["git", "-C", str(_ROOT), *arguments], capture_output=True, text=True, check=True, timeout=30
+            ["git", "-C", str(_ROOT), *arguments],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=True,
+            timeout=30,
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return ""

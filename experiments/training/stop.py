@@ -28,7 +28,7 @@ class StopRequest:
         self._signal: str | None = None
         self._longest = 0.0  # seconds of the longest stretch between two questions
         self._save = 0.0  # seconds of the longest checkpoint
-        self._asked = clock()
+        self._asked: float | None = None  # not before the first step: what starts up is not repeated
 
     def notice(self, number: int, _frame=None) -> None:
         """The signal handler."""
@@ -48,7 +48,8 @@ class StopRequest:
         and a checkpoint (half as long again, and one second) would go beyond it.
         """
         now = self._clock()
-        self._longest = max(self._longest, now - self._asked)
+        if self._asked is not None:
+            self._longest = max(self._longest, now - self._asked)
         self._asked = now
         if self._signal:
             return f"signal {self._signal}"

@@ -21,7 +21,7 @@ class Method:
 
     Order of calls: ``apply`` once; on resume ``match``; ``param_groups`` when the optimizer
     is made; per optimizer step ``before_step``, then inside ``accumulating`` (with more than
-    one micro-batch) the forward and backward passes with ``penalty``, then the optimizer's
+    one micro-batch) the forward and backward passes, then ``penalty``, then the optimizer's
     own step, then ``after_step``; ``views`` and ``metrics`` at each evaluation.
     """
 
@@ -43,7 +43,7 @@ class Method:
         return nullcontext()
 
     def penalty(self, model: nn.Module) -> Tensor | None:
-        """A term added to the loss of each step."""
+        """A term of the loss that depends on the weights alone; its gradient is added once per step."""
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Called after the optimizer has stepped; the method may reshape parameters."""
@@ -55,7 +55,7 @@ class Method:
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
         """(tag, value) pairs to log at each evaluation, tags under the method's name.
 
-        Only of what a checkpoint holds (weights, buffers, the method's own state), not of
-        gradients: a run resumed just before an evaluation must log the same.
+        Only of what a checkpoint holds (weights and buffers), not of gradients: a run
+        resumed just before an evaluation must log the same.
         """
         return iter(())
