@@ -30,11 +30,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from analysis.command import Parser, exit_code
 from analysis.comparison import Cell, Row, Table
 from analysis.grouping import plain
 from analysis.load import InputError
 from analysis.statistics import summarise
-from analysis.tables import EXIT_BAD_INPUT, tables_of
+from analysis.tables import tables_of
 
 _SUFFIXES = (".png", ".pdf")
 # Okabe and Ito's colours, told apart by colour-blind readers; the baseline is black.
@@ -69,21 +70,20 @@ class Curve:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figures; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        tables = tables_of(options.runs, options.experiment)
-        paths = [path for table in tables for path in _write(table, _target(options.out, table, len(tables)))]
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return exit_code(lambda: _run(_parser().parse(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
+    tables = tables_of(options.runs, options.experiment)
+    paths = [path for table in tables for path in _write(table, _target(options.out, table, len(tables)))]
     print("\n".join(map(str, paths)))
     for sentence in (sentence for table in tables for sentence in table.named):
         print(sentence, file=sys.stderr)
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description="Test accuracy against epoch, as PNG and PDF.")
+def _parser() -> Parser:
+    parser = Parser(description="Test accuracy against epoch, as PNG and PDF.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder or file name (default: %(default)s)")

@@ -20,34 +20,33 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from analysis.command import Parser, exit_code
 from analysis.comparison import Table, build_table
 from analysis.load import InputError, Run, load_runs, nearest
 from analysis.rendering import render
 
 _SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
 EXIT_NAMED = 1
-EXIT_BAD_INPUT = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print or write the tables; returns the exit code."""
-    options = _parser().parse_args(arguments)
-    try:
-        tables = tables_of(options.runs, options.experiment, options.metric, options.baseline, options.best)
-        _write(tables, options.format, options.out)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return EXIT_BAD_INPUT
+    return exit_code(lambda: _run(_parser().parse(arguments)))
+
+
+def _run(options: argparse.Namespace) -> int:
+    best = options.best or options.metric == "best"
+    metric = "test/top1" if options.metric == "best" else options.metric
+    tables = tables_of(options.runs, options.experiment, metric, options.baseline, best)
+    _write(tables, options.format, options.out)
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Tables from run folders: mean ± sample std (n) per configuration and method."
-    )
+def _parser() -> Parser:
+    parser = Parser(description="Tables from run folders: mean ± sample std (n) per configuration and method.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
-    parser.add_argument("--metric", default="test/top1", help="TensorBoard tag (default: %(default)s)")
+    parser.add_argument("--metric", default="test/top1", help="TensorBoard tag (default: %(default)s), or best")
     parser.add_argument("--baseline", help="method that the others are compared with (default: vanilla)")
     parser.add_argument("--best", action="store_true", help="each run's best epoch, which selects on the test set")
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")

@@ -431,3 +431,13 @@ def test_figures_of_nothing_say_so(tmp_path, capsys):
     assert figures.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "a.png")]) == 0
     assert "no figure" in capsys.readouterr().err
     assert not (tmp_path / "a.png").exists()
+
+
+@pytest.mark.parametrize("script", [tables, figures])
+@pytest.mark.parametrize(("words", "answer"), [(["--runz", "x"], "--runs"), (["--experimant=x"], "--experiment")])
+def test_an_unknown_flag_is_one_sentence_with_the_nearest(script, words, answer, capsys):
+    assert script.main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: unknown flag")
+    assert said.count("\n") == 1
+    assert answer in said

@@ -362,3 +362,10 @@ def test_a_config_file_sets_only_what_exists():
 def test_a_whole_number_and_its_float_are_the_same_run(key):
     whole, point = (compose_config("quickstart", {"method": "tract", key: value}) for value in (1, 1.0))
     assert run_name(whole) == run_name(point)
+
+
+def test_a_relative_root_and_the_same_absolute_root_are_one_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    roots = ("images", "./images", str(tmp_path / "images"))
+    names = {run_name(compose_config("quickstart", {"data": "imagefolder", "data.root": root})) for root in roots}
+    assert len(names) == 1

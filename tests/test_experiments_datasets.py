@@ -207,3 +207,25 @@ def test_real_images_decode_as_pillow_decodes_them(tmp_path):
     difference = data.train.images.int() - torch.from_numpy(expected).permute(0, 3, 1, 2).int()
     assert data.train.images.shape == (4, 3, 32, 32)
     assert difference.abs().max() <= 2  # two builds of the same decoder round differently
+
+
+def test_images_in_subfolders_count_hidden_ones_do_not_and_others_are_named(tmp_path, capsys):
+    _folder(tmp_path)
+    cats = tmp_path / "train" / "cat"
+    (cats / "more").mkdir()
+    (cats / "0000.png").rename(cats / "more" / "0000.PNG")
+    (cats / "._0001.png").write_bytes(b"no image")
+    (cats / "notes.txt").write_text("no image")
+    (cats / "folder.png").mkdir()
+    (tmp_path / "train" / ".ipynb_checkpoints").mkdir()
+    data = imagefolder(str(tmp_path), **OPTIONS, **MEASURED)
+    assert data.classes == ["cat", "dog"]
+    assert len(data.train) == 6
+    assert "1 files that are no images are left out, such as" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_an_impossible_image_size_is_one_sentence(size, tmp_path):
+    _folder(tmp_path)
+    with pytest.raises(UserError, match="expected data.image_size to be at least 1"):
+        imagefolder(str(tmp_path), **(OPTIONS | {"image_size": size}), **GIVEN)

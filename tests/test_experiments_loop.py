@@ -332,3 +332,21 @@ def test_bad_input_met_while_training_keeps_its_checkpoints(tmp_path, monkeypatc
     with pytest.raises(UserError, match="readable image"):
         run(config)
     assert checkpoint.newest(folder_of(config) / "checkpoints").name.startswith("step-00000002-")
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [None, 1, 4, 21, 64])
+@pytest.mark.parametrize("images", [9, 64, 65])
+def test_no_micro_batch_is_empty_or_larger_than_asked(images, micro_batch, ranks):
+    """Equally many on every rank; one image more only where the smallest share leaves no other way."""
+
+    class Stub:
+        ranks = Ranks(0, 1)
+        config = tiny_config("unused", batch_size=images, micro_batch=micro_batch)
+
+    Stub.ranks = Ranks(0, ranks)
+    parts = Trainer._parts(Stub, images)
+    shares = [len(share) for share in np.array_split(np.arange(images), ranks)]
+    sizes = [len(part) for share in shares for part in np.array_split(np.arange(share), parts)]
+    assert min(sizes) >= 1
+    assert max(sizes) <= (micro_batch or max(shares)) or parts == min(shares)
