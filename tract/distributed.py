@@ -20,14 +20,14 @@ def global_mean(total: Tensor, rows: Tensor, everywhere: bool) -> Tensor:
 
     Args:
         total: X^T X of this rank, shape (g, n, n), float64.
-        rows: b of this rank, a float64 tensor without dimensions.
+        rows: b of this rank, a float64 tensor of shape (1,).
         everywhere: False keeps to this rank.
 
     Returns:
         A, shape (g, n, n), float64; zero where there is no row at all.
     """
     if everywhere and world_size() > 1:
-        packed = torch.cat([total.reshape(-1), rows.reshape(1)])
+        packed = torch.cat([total.reshape(-1), rows])
         dist.all_reduce(packed)
-        total, rows = packed[:-1].view_as(total), packed[-1]
+        total, rows = packed[:-1].view_as(total), packed[-1:]
     return total / rows.clamp(min=1)

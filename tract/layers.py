@@ -91,7 +91,7 @@ class TrActLayer(nn.Module):
             return PreconditionDual.apply(output, weight, x.detach(), arguments, self.lambda_, self.label)
         else:
             total = second_moment_op(x.detach(), *arguments)
-            moment = mean_moment_op(total, total.new_full((), rows), everywhere, self.label)
+            moment = mean_moment_op(total, total.new_full((1,), rows), everywhere, self.label)
             weight = PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
         return FirstDerivativeOnly.apply(self._plain_forward(x, weight, self.bias))
 
@@ -110,7 +110,7 @@ class TrActLayer(nn.Module):
         geometry = self._geometry()
         n, groups = geometry.row_length, geometry.groups
         self._total = self.weight.new_zeros((groups, n, n), dtype=torch.float64)
-        self._rows = self._total.new_zeros(())
+        self._rows = self._total.new_zeros(1)  # not a scalar: torch 2.11 loses additions to one when compiled
         return earlier
 
     @torch.no_grad()
