@@ -6,6 +6,7 @@ import argparse
 import os
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
@@ -169,13 +170,15 @@ def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentPa
     parser = _Parser(
         prog=f"python experiments/{experiment}.py",
         description=description,
-        epilog=(
+        epilog=textwrap.fill(
             f"Groups: model={{{','.join(choices_of('model'))}}} data={{{','.join(choices_of('data'))}}} "
             f"optim={{{','.join(choices_of('optim'))}}} schedule={{{','.join(choices_of('schedule'))}}} "
             f"method={{{','.join(choices_of('method'))}}} debug={{{','.join(choices_of('debug'))}}}. "
             f"Grids: {', '.join(grids(experiment))}. Every value of experiments/conf/{experiment}.yaml, and of the "
             "dataclasses in experiments/config.py, can be given as key=value. Exit codes: 0 done, 1 failed, "
-            "2 bad input, 69 busy, 75 stopped with a checkpoint (the same command continues)."
+            "2 bad input, 69 busy, 75 stopped with a checkpoint (the same command continues).",
+            width=100,
+            break_on_hyphens=False,
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -189,7 +192,7 @@ def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentPa
         action="store_true",
         help=f"the whole grid here (grid={grid}; jobs=N at a time), or what KEY=A,B selects",
     )
-    how.add_argument("--submit", action="store_true", help="the grid on a Slurm cluster")
+    how.add_argument("--submit", action="store_true", help="the grid on a Slurm cluster (not in this version)")
     how.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
     how.add_argument("--resume", metavar="RUN", help="continue exactly this run folder here")
     parser.add_argument("--pdb", action="store_true", help="open the debugger where an error happens")
