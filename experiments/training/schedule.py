@@ -11,6 +11,11 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 
+def warmup_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Steps of a warm-up given in epochs; in step t of w the factor is t / w, so the very first is 0."""
+    return round(epochs * steps_per_epoch)
+
+
 @dataclass(frozen=True)
 class Cosine:
     """Linear warm-up, then half a cosine from 1 down to ``final`` at the very last step.
@@ -24,7 +29,7 @@ class Cosine:
 
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """Multiplier of the base learning rate."""
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = warmup_steps(self.warmup_epochs, steps_per_epoch)
         if step < warmup:
             return step / warmup
         progress = (step - warmup) / max(1, total_steps - warmup)
@@ -41,7 +46,7 @@ class MultiStep:
 
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """Multiplier of the base learning rate."""
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = warmup_steps(self.warmup_epochs, steps_per_epoch)
         if step < warmup:
             return step / warmup
         return self.gamma ** bisect_right(sorted(self.milestones), step / steps_per_epoch)
@@ -55,5 +60,5 @@ class Constant:
 
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """Multiplier of the base learning rate."""
-        warmup = round(self.warmup_epochs * steps_per_epoch)
+        warmup = warmup_steps(self.warmup_epochs, steps_per_epoch)
         return step / warmup if step < warmup else 1.0
