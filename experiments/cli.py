@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from experiments.config import (
+    OF_ONE_START,
     Config,
     choices_of,
     compose_config,
@@ -66,9 +67,13 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
 
 def _leave(code: int, sentence: str) -> int:
     """Say why, on the first rank only, and hand the exit code on."""
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_rank():
         print(sentence, file=sys.stderr)
     return code
+
+
+def _is_first_rank() -> bool:
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,7 +129,7 @@ def _run_here(config: Config, debugger: bool) -> int:
             pdb.post_mortem()
         raise
     figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.endswith("/top1"))
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_rank():
         print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
     return 0
 
@@ -142,7 +147,7 @@ def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
     runtime = tree["runtime"]
     shared_root = tree["data"].get("root") == runtime["data_dir"]
     runtime["runs"] = str(Path(folder).resolve().parents[1])
-    runtime |= {"deadline_minutes": None, "progress": True}  # these were an earlier start's
+    runtime |= OF_ONE_START
     for key, value in parse_single(overrides).items():
         name = key.removeprefix("runtime.")
         if name == key:

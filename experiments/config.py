@@ -58,8 +58,24 @@ class Runtime:
     log_every: int = 50  # steps between points of train/*
     deadline_minutes: float | None = None  # stop with a checkpoint before so many minutes have passed
     progress: bool = True
+    heartbeat_seconds: float = 10.0  # between signs of life; after six missing ones others may take the run
+    patience_seconds: float = 0.0  # how long to wait for another process that trains this run
+    on_term: str = "stop"  # SIGTERM: "stop" with a checkpoint, or "save" one and go on until killed
+    data_copy: str | None = None  # read the data from this copy of data.root (staging sets it)
+    gpus: int = 1  # a submitted run gets so many GPUs, one rank each; 0: one rank on the CPU
+    gpu_seconds_per_epoch: float | None = None  # an estimate for --dry-run until a run like it has finished
     profile: bool = False  # torch profiler over a few steps, trace in the run folder
     anomaly: bool = False  # torch.autograd.detect_anomaly
+
+
+# What belongs to one start of a run, not to the run: forgotten when it is started again.
+OF_ONE_START = {
+    "deadline_minutes": None,
+    "progress": True,
+    "patience_seconds": 0.0,
+    "on_term": "stop",
+    "data_copy": None,
+}
 
 
 @dataclass
@@ -271,6 +287,12 @@ def validate(config: Config) -> None:
     _require(seconds >= 0, "runtime.checkpoint_seconds", "0 or more", seconds)
     _require(runtime.keep_checkpoints >= 1, "runtime.keep_checkpoints", "at least 1", runtime.keep_checkpoints)
     _require(runtime.log_every >= 1, "runtime.log_every", "at least 1", runtime.log_every)
+    for key in ("heartbeat_seconds", "gpu_seconds_per_epoch"):
+        value = getattr(runtime, key)
+        _require(value is None or value > 0, f"runtime.{key}", "above 0", value)
+    _require(runtime.patience_seconds >= 0, "runtime.patience_seconds", "0 or more", runtime.patience_seconds)
+    _require(runtime.on_term in ("stop", "save"), "runtime.on_term", "stop or save", runtime.on_term)
+    _require(runtime.gpus >= 0, "runtime.gpus", "0 or more", runtime.gpus)
     for key in ("threads", "checkpoint_steps"):
         _require_one_or_null(f"runtime.{key}", getattr(runtime, key))
     deadline = runtime.deadline_minutes

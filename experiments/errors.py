@@ -12,7 +12,23 @@ EXIT_INTERRUPTED = 130  # a second Ctrl-C
 
 
 class UserError(Exception):
-    """Bad input: says what was expected, what came, and the cure. Exit code 2."""
+    """Bad input: says what was expected, what came, and the cure. Exit code 2.
+
+    Args:
+        message: the sentence.
+        kind: what is at fault, for the record of a run: input, data, disk or node.
+    """
+
+    def __init__(self, message: str, kind: str = "input"):
+        super().__init__(message, kind)
+
+    def __str__(self) -> str:
+        return self.args[0]
+
+    @property
+    def kind(self) -> str:
+        """What is at fault."""
+        return self.args[1]
 
 
 class RunBusyError(Exception):

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from experiments.config import Config
 from experiments.errors import EXIT_BUSY, EXIT_TRY_AGAIN
 from experiments.grid import relative
-from experiments.training.checkpoint import newest
-from experiments.training.folder import folder_of, prepare_folder, state_of
+from experiments.training.folder import folder_of, prepare_folder
+from experiments.training.state import newest, state_of, step_of
 
 _SCRIPTS = Path(__file__).parent
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -41,7 +41,7 @@ def show_plan(configs: list[Config], jobs: int) -> None:
         state = state_of(folder)
         states[state] += 1
         checkpoint = newest(folder / "checkpoints")
-        detail = f" ({checkpoint.stem.rsplit('-', 1)[0]})" if state == "resumable" and checkpoint else ""
+        detail = f" (step {step_of(checkpoint)})" if state == "resumable" else ""
         print(f"{state:>9}{detail}  {relative(folder)}")
     counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
     print(f"{len(configs)} runs: {counts}. --local would train them here, {jobs} at a time.")

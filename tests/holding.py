@@ -1,13 +1,15 @@
-"""Another live process that trains a run, as far as its lock tells."""
+"""Another live process that trains a run, as far as its lease tells."""
 
 import subprocess
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 _HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a+")
-fcntl.lockf(file, fcntl.LOCK_EX)
+import sys, time
+from pathlib import Path
+from experiments.training.lease import take
+take(Path(sys.argv[1]), beats_every=10.0)
 print("held", flush=True)
 time.sleep(120)
 """
@@ -15,11 +17,13 @@ time.sleep(120)
 
 @contextmanager
 def held_elsewhere(folder):
-    """Hold the run folder's lock in a process of its own."""
-    holder = subprocess.Popen([sys.executable, "-c", _HOLD, str(folder / "lock")], stdout=subprocess.PIPE, text=True)
+    """Hold the run folder in a process of its own; gives the process."""
+    root = Path(__file__).parents[1]
+    command = [sys.executable, "-c", _HOLD, str(folder)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=root)
     try:
         assert holder.stdout.readline() == "held\n"
-        yield
+        yield holder
     finally:
         holder.kill()
         holder.wait()

@@ -36,7 +36,7 @@ PLACES = {
     "half a checkpoint": (checkpoint, "write_atomically", "half"),
     "before renaming": (os, "replace", "before"),
     "after renaming": (os, "replace", "after"),
-    "pruning": (checkpoint, "_newest_first", "after"),
+    "pruning": (checkpoint.Keeper, "_prune", "before"),
     "result": (experiments.training.run, "write_json", "before"),
 }
 

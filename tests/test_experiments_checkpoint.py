@@ -1,16 +1,13 @@
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments.errors import RunBusyError
 from experiments.training import files
-from experiments.training.checkpoint import CheckpointError, load, newest, newest_good, save, weights_digest
-from experiments.training.files import is_locked, locked, write_atomically
+from experiments.training.checkpoint import CheckpointError, Keeper, load, newest_good, weights_digest
+from experiments.training.files import write_atomically
+from experiments.training.state import newest
 
 HASH = "0123abcd"
 
@@ -20,7 +17,8 @@ def _content(step):
 
 
 def _saved(folder, steps=(1, 2), keep=5):
-    return [save(folder, step, _content(step), HASH, keep) for step in steps]
+    keeper = Keeper(folder, HASH, keep)
+    return [keeper.save(step, _content(step)) for step in steps]
 
 
 def _named(folder, data, step=2):
@@ -97,9 +95,9 @@ def _bytes_of(content):
 def _wrong(folder, kind):
     whole = {"format": 1, "config_hash": HASH, "step": 2}
     if kind == "of another configuration":
-        return save(folder, 2, _content(2), "ffffffff", 5)
+        return Keeper(folder, "ffffffff", 5, newest(folder)).save(2, _content(2))
     if kind == "with a wrong name":
-        path = save(folder, 2, _content(2), HASH, 5)
+        path = Keeper(folder, HASH, 5, newest(folder)).save(2, _content(2))
         return path.rename(folder / f"step-00000002-{'0' * 16}.pt")
     contents = {
         "no torch file": b"some text",
@@ -148,6 +146,31 @@ def test_the_last_k_are_kept(keep, tmp_path):
     paths = _saved(tmp_path, [9, 10, 20_000_000, 100_000_000, 100_000_001], keep)
     assert sorted(tmp_path.iterdir()) == sorted(paths[-keep:])
     assert newest(tmp_path) == paths[-1]
+
+
+def test_only_what_is_known_is_deleted(tmp_path):
+    """A process that was superseded deletes nothing of the newer one's."""
+    old = Keeper(tmp_path, HASH, 1)
+    mine = old.save(3, _content(3))
+    (its,) = _saved(tmp_path, [1])
+    later = old.save(4, _content(4))
+    assert sorted(tmp_path.iterdir()) == sorted([its, later])
+    assert not mine.exists()
+
+
+def test_checkpoints_that_were_passed_over_go_with_the_first_save(tmp_path):
+    start, bad = _saved(tmp_path, [1, 9])
+    keeper = Keeper(tmp_path, HASH, 2, start)
+    assert bad.exists()
+    new = keeper.save(2, _content(2))
+    assert sorted(tmp_path.iterdir()) == sorted([start, new])
+
+
+def test_the_same_checkpoint_written_again_stays(tmp_path):
+    start, bad = _saved(tmp_path, [1, 2])
+    keeper = Keeper(tmp_path, HASH, 2, start)
+    assert keeper.save(2, _content(2)) == bad
+    assert sorted(tmp_path.iterdir()) == sorted([start, bad])
 
 
 def test_leftovers_of_a_killed_process_are_harmless_and_removed(tmp_path):
@@ -213,42 +236,5 @@ def test_a_failed_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
 
     monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        save(tmp_path, 2, _content(2), HASH, keep=1)
+        Keeper(tmp_path, HASH, 1, good).save(2, _content(2))
     assert newest_good(tmp_path, HASH, pytest.fail) == good
-
-
-# -- one process at a time -----------------------------------------------------------------------------
-
-HOLDER = """
-import sys, time
-from pathlib import Path
-from experiments.training.files import locked
-with locked(Path(sys.argv[1])):
-    print("held", flush=True)
-    time.sleep(60)
-"""
-
-
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    root = Path(__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
-    try:
-        assert holder.stdout.readline() == b"held\n"
-        assert is_locked(tmp_path)
-        with pytest.raises(RunBusyError, match=f"process {holder.pid} on "), locked(tmp_path):
-            pytest.fail("two processes hold one folder")
-    finally:
-        holder.send_signal(signal.SIGKILL)
-        holder.wait()
-    assert not is_locked(tmp_path)
-    with locked(tmp_path):
-        assert f"process {os.getpid()} on " in (tmp_path / "lock").read_text()
-
-
-def test_a_folder_without_a_lock_is_free(tmp_path):
-    assert not is_locked(tmp_path)
-    with locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass

@@ -21,6 +21,7 @@ from experiments.training.loop import Trainer
 from experiments.training.parallel import Ranks
 from experiments.training.randomness import seed_torch
 from experiments.training.run import folder_of, result_of, run
+from experiments.training.state import newest
 from tests.cases import METHODS, tiny_config
 from tract.methods.base import Method
 
@@ -31,8 +32,8 @@ def _train(folder, **overrides):
     """(config, result, content of the last checkpoint) of a run."""
     config = tiny_config(folder, **overrides)
     result = run(config)
-    newest = checkpoint.newest(folder_of(config) / "checkpoints")
-    return config, result, checkpoint.load(newest, config_hash(config))
+    last = newest(folder_of(config) / "checkpoints")
+    return config, result, checkpoint.load(last, config_hash(config))
 
 
 def _scalars(config):
@@ -200,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before
     folder = folder_of(config)
     assert json.loads((folder / "failure.json").read_text())["reason"] == str(caught.value)
     assert not (folder / "result.json").exists()
-    state = checkpoint.load(checkpoint.newest(folder / "checkpoints"), config_hash(config))
+    state = checkpoint.load(newest(folder / "checkpoints"), config_hash(config))
     assert state["step"] == step - 1 == 1
     assert all(math.isfinite(number) for number in state["progress"]["window"])
 
@@ -331,7 +332,7 @@ def test_bad_input_met_while_training_keeps_its_checkpoints(tmp_path, monkeypatc
     monkeypatch.setattr(Trainer, "_after_step", bad_image)
     with pytest.raises(UserError, match="readable image"):
         run(config)
-    assert checkpoint.newest(folder_of(config) / "checkpoints").name.startswith("step-00000002-")
+    assert newest(folder_of(config) / "checkpoints").name.startswith("step-00000002-")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])

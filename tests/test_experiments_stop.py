@@ -3,7 +3,7 @@ import signal
 
 import pytest
 
-from experiments.training.stop import SIGNALS, StopRequest, listening
+from experiments.training.stop import SIGNALS, StopRequest, Wish, listening
 
 
 class Clock:
@@ -21,7 +21,8 @@ def _stops_after(deadline, stretch, save=0.0):
     stop.saved(save)
     for _ in range(100_000):
         clock.now += stretch
-        if stop.reason() == "deadline":
+        if stop.wish() == Wish.STOP:
+            assert stop.why == "deadline"
             return clock.now - 1000.0
     return None
 
@@ -42,15 +43,15 @@ def test_without_a_deadline_time_does_not_stop():
 def test_the_longest_stretch_counts_but_writing_a_checkpoint_is_no_stretch():
     clock = Clock()
     stop = StopRequest(100.0, clock)
-    assert stop.reason() is None  # the first question starts the first stretch
+    assert stop.wish() == Wish.GO_ON  # the first question starts the first stretch
     clock.now += 20
-    assert stop.reason() is None
+    assert stop.wish() == Wish.GO_ON
     clock.now += 30
     stop.saved(1.0)  # the 30 s until here belong to the checkpoint
     clock.now += 16.5  # 66.5 + 1.5 * (20 + 1) + 1 = 99
-    assert stop.reason() is None
+    assert stop.wish() == Wish.GO_ON
     clock.now += 1.5
-    assert stop.reason() == "deadline"
+    assert (stop.wish(), stop.why) == (Wish.STOP, "deadline")
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -58,9 +59,9 @@ def test_a_signal_is_noticed_at_the_next_question(number):
     before = signal.getsignal(number)
     stop = StopRequest(None, Clock())
     with listening(stop):
-        assert stop.reason() is None
+        assert stop.wish() == Wish.GO_ON
         os.kill(os.getpid(), number)
-        assert stop.reason() == f"signal {signal.Signals(number).name}"
+        assert (stop.wish(), stop.why) == (Wish.STOP, f"signal {signal.Signals(number).name}")
     assert signal.getsignal(number) is before
 
 
@@ -69,7 +70,7 @@ def test_a_signal_is_named_before_the_deadline():
     stop = StopRequest(1.0, clock)
     clock.now += 10
     stop.notice(signal.SIGTERM)
-    assert stop.reason() == "signal SIGTERM"
+    assert (stop.wish(), stop.why) == (Wish.STOP, "signal SIGTERM")
 
 
 @pytest.mark.parametrize("first", SIGNALS)
@@ -85,7 +86,7 @@ def test_a_second_sigterm_does_not_interrupt():
     stop = StopRequest(None, Clock())
     stop.notice(signal.SIGTERM)
     stop.notice(signal.SIGTERM)
-    assert stop.reason() == "signal SIGTERM"
+    assert (stop.wish(), stop.why) == (Wish.STOP, "signal SIGTERM")
 
 
 def test_handlers_come_back_after_an_error():
@@ -100,7 +101,25 @@ def test_a_slow_start_is_no_stretch():
     clock = Clock()
     stop = StopRequest(1800.0, clock)
     clock.now += 720
-    assert stop.reason() is None
-    while stop.reason() is None:
+    assert stop.wish() == Wish.GO_ON
+    while stop.wish() == Wish.GO_ON:
         clock.now += 10
     assert 1760 < clock.now - Clock().now < 1800
+
+
+def test_a_sigterm_that_means_save_asks_once_each_time():
+    stop = StopRequest(None, Clock(), on_term="save")
+    for _ in range(2):
+        stop.notice(signal.SIGTERM)
+        assert stop.wish() == Wish.SAVE
+        assert stop.wish() == Wish.GO_ON
+    stop.notice(signal.SIGTERM)
+    stop.notice(signal.SIGUSR2)
+    assert stop.wish() == Wish.STOP
+
+
+def test_a_run_that_is_lost_is_left_whatever_else_was_asked():
+    stop = StopRequest(None, Clock())
+    stop.notice(signal.SIGUSR2)
+    stop.abandon("taken")
+    assert (stop.wish(), stop.why) == (Wish.ABANDON, "taken")

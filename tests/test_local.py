@@ -13,7 +13,7 @@ import yaml
 
 from experiments import cli
 from experiments.config import compose_config, to_tree
-from experiments.training.files import is_locked
+from experiments.training.lease import is_held
 from tests.holding import held_elsewhere
 
 ROOT = Path(__file__).parents[1]
@@ -87,7 +87,7 @@ def test_a_grid_that_is_stopped_leaves_checkpoints_and_no_process(tmp_path, numb
     said, _ = process.communicate(timeout=60)
     assert process.returncode == (-signal.SIGKILL if number == signal.SIGKILL else 75), said
     (folder,) = run_folders(tmp_path)
-    wait_until(lambda: not is_locked(folder))
+    wait_until(lambda: not is_held(folder))
     assert list((folder / "checkpoints").glob("step-*.pt"))
     assert not (folder / "result.json").exists()
     assert quickstart(*choice) == 0

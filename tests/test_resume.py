@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from analysis import tables
 from experiments.training import checkpoint
+from experiments.training.state import newest
 
 ROOT = Path(__file__).parents[1]
 # 4 epochs of 11 steps with 4 evaluation batches each; checkpoints and log points fall out of step with epochs.
@@ -118,7 +119,7 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def last_checkpoint(folder: Path) -> dict:
     result = json.loads((folder / "result.json").read_text())
-    path = checkpoint.newest(folder / "checkpoints")
+    path = newest(folder / "checkpoints")
     return checkpoint.load(path, result["config_hash"])
 
 
@@ -233,7 +234,7 @@ def test_two_ranks_evaluate_what_a_checkpoint_holds(machine, tmp_path, capsys):
 def test_a_stop_loses_no_step(machine, tmp_path):
     arguments = words({"runtime.checkpoint_steps": "null"})
     assert machine.start(arguments, runs=tmp_path, event=("forward", 7, "SIGTERM")) == [75]
-    assert checkpoint.newest(only_run(tmp_path) / "checkpoints").name.startswith("step-00000007-")
+    assert newest(only_run(tmp_path) / "checkpoints").name.startswith("step-00000007-")
 
 
 def test_deadline_stops_in_time(machine, undisturbed, tmp_path, capsys):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from experiments import cli
-from experiments.training import checkpoint, files
+from experiments.training import files, state
 from experiments.training.folder import prepare_folder
 from tests.cases import tiny_config
 from tests.holding import held_elsewhere
@@ -65,8 +65,8 @@ def test_a_checkpoint_whose_record_is_gone_is_passed_over(finished, loss):
 
 
 def test_a_finished_run_is_reported_from_a_folder_that_cannot_be_written(finished, capsys):
-    (finished / "lock").unlink()
-    (finished / "lock").mkdir()  # root may write everywhere, but not into this
+    shutil.rmtree(finished / "lease")
+    (finished / "lease").write_text("")  # root may write everywhere, but not below this
     assert quickstart("--resume", str(finished)) == 0
     assert "finished already" in capsys.readouterr().out
     (finished / "result.json").unlink()
@@ -90,7 +90,7 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_leaves_no_half_file(tmp_pat
         assert "No space left on device" in capsys.readouterr().err
         (folder,) = (small / "quickstart").iterdir()
         assert not list(folder.rglob(f"*{files.TEMPORARY}"))
-        saved = checkpoint.newest(folder / "checkpoints")
+        saved = state.newest(folder / "checkpoints")
         assert saved is not None
         elsewhere = tmp_path / "large" / "quickstart"
         elsewhere.mkdir(parents=True)

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 
 from experiments.training.files import remove_leftovers, write_atomically
+from experiments.training.state import newest_first
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
@@ -28,29 +29,51 @@ class CheckpointError(Exception):
     """A checkpoint that cannot be used, and why."""
 
 
-def save(folder: Path, step: int, content: dict[str, Any], config_hash: str, keep: int) -> Path:
-    """Write a checkpoint and delete all but the newest ``keep``.
+class Keeper:
+    """Writes the checkpoints of a run and deletes older ones.
+
+    It deletes only what was there when it began and what it wrote itself: a process that has
+    been superseded while it was writing must not delete what the newer one wrote.
 
     Args:
         folder: the run's ``checkpoints`` folder.
-        step: optimizer steps done.
-        content: tensors, numbers, strings, lists and dictionaries.
-        config_hash: the configuration the content belongs to.
+        config_hash: the configuration that the checkpoints belong to.
         keep: how many checkpoints stay.
-
-    Returns:
-        The new file.
+        start: the checkpoint that the run continues from; newer ones were passed over and go
+            with the first save.
     """
-    folder.mkdir(exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "config_hash": config_hash, "step": step, **content}, buffer)
-    data = buffer.getvalue()
-    path = folder / f"step-{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
-    write_atomically(path, data)
-    for old in _newest_first(folder)[keep:]:
-        if old != path:
+
+    def __init__(self, folder: Path, config_hash: str, keep: int, start: Path | None = None):
+        self.folder, self._hash, self._keep = folder, config_hash, keep
+        present = newest_first(folder)
+        begin = present.index(start) if start in present else len(present)
+        self._kept, self._bad = present[begin:], present[:begin]
+
+    def save(self, step: int, content: dict[str, Any]) -> Path:
+        """Write a checkpoint and delete all but the newest ``keep``.
+
+        Args:
+            step: optimizer steps done.
+            content: tensors, numbers, strings, lists and dictionaries.
+
+        Returns:
+            The new file.
+        """
+        self.folder.mkdir(exist_ok=True)
+        buffer = io.BytesIO()
+        torch.save({"format": FORMAT, "config_hash": self._hash, "step": step, **content}, buffer)
+        data = buffer.getvalue()
+        path = self.folder / f"step-{step:08d}-{hashlib.sha256(data).hexdigest()[:16]}.pt"
+        write_atomically(path, data)
+        self._kept = [path, *(old for old in self._kept if old != path)]
+        self._prune()
+        return path
+
+    def _prune(self) -> None:
+        superfluous = [old for old in self._bad if old not in self._kept] + self._kept[self._keep :]
+        self._kept, self._bad = self._kept[: self._keep], []
+        for old in superfluous:
             old.unlink(missing_ok=True)
-    return path
 
 
 def load(path: Path, config_hash: str) -> dict[str, Any]:
@@ -91,7 +114,7 @@ def newest_good(
         fault: told a checkpoint's content, why it cannot be used all the same, or None.
     """
     remove_leftovers(folder)
-    for path in _newest_first(folder):
+    for path in newest_first(folder):
         try:
             reason = fault(load(path, config_hash))
         except (CheckpointError, OSError) as error:
@@ -102,11 +125,6 @@ def newest_good(
     return None
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint file by step, unread."""
-    return next(iter(_newest_first(folder)), None)
-
-
 def weights_digest(model: nn.Module) -> str:
     """SHA-256 over names, shapes, dtypes and bytes of all weights and buffers."""
     digest = hashlib.sha256()
@@ -114,13 +132,3 @@ def weights_digest(model: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _newest_first(folder: Path) -> list[Path]:
-    found = (path for path in folder.glob("step-*.pt") if path.is_file())
-    return sorted(found, key=lambda path: (_step(path), path.stat().st_mtime_ns), reverse=True)
-
-
-def _step(path: Path) -> int:
-    match = re.match(r"step-(\d+)", path.name)
-    return int(match[1]) if match else -1

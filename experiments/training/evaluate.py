@@ -11,17 +11,13 @@ from torch import Tensor
 from experiments.training.parallel import Ranks
 
 
-class InterruptedEvaluationError(Exception):
-    """A stop was asked for between two batches of an evaluation."""
-
-
 @torch.no_grad()
 def evaluate(
     predictor: Callable[[Tensor], Tensor],
     batches: Iterable[tuple[Tensor, Tensor]],
     images: int,
     ranks: Ranks,
-    should_stop: Callable[[], bool],
+    between: Callable[[], None],
 ) -> dict[str, float]:
     """Mean cross-entropy, top-1 and top-5 accuracy in percent.
 
@@ -30,18 +26,14 @@ def evaluate(
         batches: this rank's share; equally many batches on every rank, empty ones allowed.
         images: size of the whole test set, to be counted exactly.
         ranks: who shares the test set.
-        should_stop: asked (on all ranks) before each batch.
+        between: called (on all ranks) before each batch; what it raises ends the evaluation.
 
     Returns:
         {"loss", "top1", "top5"}; with fewer than five classes top5 is 100.
-
-    Raises:
-        InterruptedEvaluationError: should_stop said yes.
     """
     sums = None
     for inputs, labels in batches:
-        if should_stop():
-            raise InterruptedEvaluationError
+        between()
         if sums is None:
             sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
         if len(labels):

@@ -1,4 +1,4 @@
-"""The folder of a run: where it is, what is in it, and what that says of the run's state."""
+"""The folder of a run: where it is, its configuration and its result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import yaml
 
 from experiments.config import Config, run_name, to_tree
 from experiments.errors import UserError
-from experiments.training import checkpoint
-from experiments.training.files import is_locked, write_atomically
+from experiments.training.files import write_atomically
 
 
 def folder_of(config: Config) -> Path:
@@ -34,7 +33,7 @@ def prepare_folder(config: Config) -> Path:
         if not path.exists() or path.read_bytes() != text:
             write_atomically(path, text)
     except OSError as error:
-        raise UserError(f"expected a folder that can be written, got {folder}: {error.strerror}.") from None
+        raise UserError(f"expected a folder that can be written, got {folder}: {error.strerror}.", "disk") from None
     return folder
 
 
@@ -57,14 +56,3 @@ def result_of(folder: Path) -> dict | None:
             "which writes it from the last checkpoint."
         )
     return result
-
-
-def state_of(folder: Path) -> str:
-    """In a word: finished, running, failed, resumable, or missing."""
-    if (folder / "result.json").exists():
-        return "finished"
-    if is_locked(folder):
-        return "running"
-    if (folder / "failure.json").exists():
-        return "failed"
-    return "resumable" if checkpoint.newest(folder / "checkpoints") else "missing"

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
+from experiments.training.files import write_atomically
+from experiments.training.lease import SupersededError
+
+_SECONDS_BETWEEN_FLUSHES = 10.0
 _EVENTS = "events.out.tfevents.*"
 
 
@@ -26,16 +32,28 @@ class RunLog:
         folder: the run folder, or None to write nothing.
         sizes: {event file name: bytes to keep} of the checkpoint that is resumed; {} at a start.
         hyper_parameters: flat values for TensorBoard's HParams page, written at a start.
+        guard: called before points go to disk; raises SupersededError where another process
+            has taken the run.
     """
 
-    def __init__(self, folder: Path | None, sizes: dict[str, int], hyper_parameters: dict):
+    def __init__(
+        self,
+        folder: Path | None,
+        sizes: dict[str, int],
+        hyper_parameters: dict,
+        guard: Callable[[], None] | None = None,
+    ):
         self._folder, self._writer = folder, None
+        self.guard = guard or (lambda: None)
+        self._waiting: list[tuple[str, float, int, float]] = []
+        self._flushed = time.monotonic()
         self._logger = logging.getLogger("experiments.run")
         self._logger.setLevel(logging.INFO)
         self._logger.propagate = False
         self._handlers: list[logging.Handler] = []
         if folder is None:
             return
+        self.guard()
         cut_events(folder, sizes)
         self._writer = SummaryWriter(str(folder))
         if not sizes:
@@ -49,7 +67,9 @@ class RunLog:
     def scalar(self, tag: str, value: float, x: int) -> None:
         """One point; x is the optimizer step for train/*, else the epoch (from 1)."""
         if self._writer is not None:
-            self._writer.add_scalar(tag, value, x)
+            self._waiting.append((tag, value, x, time.time()))
+            if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
+                self._flush_if_ours()
 
     def say(self, sentence: str) -> None:
         """One line for ``log.txt`` and the screen."""
@@ -57,8 +77,8 @@ class RunLog:
             self._logger.info(sentence)
 
     def sizes(self) -> dict[str, int]:
-        """Bring all points to disk; the length of every event file."""
-        self._writer.flush()
+        """Bring all points to disk (after ``guard``); the length of every event file."""
+        self._write()
         sizes = {}
         for path in sorted(self._folder.glob(_EVENTS)):
             with open(path, "rb") as file:
@@ -67,12 +87,28 @@ class RunLog:
         return sizes
 
     def close(self) -> None:
-        """Flush and close everything."""
-        if self._writer is not None:
+        """Flush, unless the run has been taken, and close everything."""
+        if self._writer is not None and self._flush_if_ours():
             self._writer.close()
         for handler in self._handlers:
             self._logger.removeHandler(handler)
             handler.close()
+
+    def _flush_if_ours(self) -> bool:
+        self._flushed = time.monotonic()
+        try:
+            self.guard()
+        except SupersededError:
+            return False
+        self._write()
+        return True
+
+    def _write(self) -> None:
+        """TensorBoard's writer has a thread that writes whenever it likes: it gets the points only now."""
+        for point in self._waiting:
+            self._writer.add_scalar(*point)
+        self._waiting.clear()
+        self._writer.flush()
 
 
 def cut_events(folder: Path, sizes: dict[str, int]) -> None:
@@ -81,7 +117,8 @@ def cut_events(folder: Path, sizes: dict[str, int]) -> None:
         if path.name not in sizes:
             path.unlink()
         elif path.stat().st_size > sizes[path.name]:
-            os.truncate(path, sizes[path.name])
+            with open(path, "rb") as file:
+                write_atomically(path, file.read(sizes[path.name]))
 
 
 def lost_events(folder: Path, sizes: dict[str, int]) -> str | None:

@@ -22,15 +22,15 @@ from tqdm import tqdm
 from experiments.config import Config, Precision
 from experiments.errors import TrainingFailedError
 from experiments.training.data import Batches
-from experiments.training.evaluate import InterruptedEvaluationError, evaluate
+from experiments.training.evaluate import evaluate
+from experiments.training.lease import SupersededError
 from experiments.training.log import RunLog
 from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
 from experiments.training.parallel import Ranks
 from experiments.training.randomness import seed_torch
-from experiments.training.stop import StopRequest
+from experiments.training.stop import StopRequest, Wish
 from tract.methods.base import Method
 
-_GO_ON, _SAVE, _STOP = 0, 1, 2
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
 
 
@@ -63,7 +63,8 @@ class Trainer:
         log: the run's record.
         stop: reasons to stop early.
         ranks: who trains together.
-        save: called on the first rank with :meth:`state` to write a checkpoint.
+        save: called on the first rank with :meth:`state` to write a checkpoint; what it raises
+            is raised on all ranks.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Trainer:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
         self._window = torch.zeros(3, dtype=torch.float64, device=self.device)
         self._bad_step = torch.tensor(-1, device=self.device)
+        self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
         self._network = model
         if ranks.size > 1:
             on = [self.device] if self.device.type == "cuda" else None
@@ -136,6 +138,7 @@ class Trainer:
 
         Raises:
             StoppedError: asked to stop; a checkpoint was written.
+            SupersededError: another process has taken the run; nothing was written.
             TrainingFailedError: the loss is not finite.
         """
         self._bar = tqdm(
@@ -146,9 +149,8 @@ class Trainer:
             disable=None if self.ranks.first and self.config.runtime.progress else True,
         )
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
-        self._speed_images = self._speed_steps = 0
         with self._bar:
-            if self._told_to_stop():
+            if self.ranks.highest(self.stop.wish()) >= Wish.STOP:
                 raise StoppedError("told to stop before the first step")
             while True:
                 if self._evaluation_is_due():
@@ -234,17 +236,19 @@ class Trainer:
         self._bar.update()
         if at_end or progress.step % runtime.log_every == 0:
             self._log_window()
-        wish = _GO_ON
-        if self.ranks.first:
-            waited = time.monotonic() - self._last_save >= runtime.checkpoint_seconds
-            if waited or (runtime.checkpoint_steps and progress.step % runtime.checkpoint_steps == 0):
-                wish = _SAVE
-        reason = self.stop.reason()
-        decision = self.ranks.highest(_STOP if reason else wish)
-        if decision != _GO_ON:
+        is_due = bool(runtime.checkpoint_steps) and progress.step % runtime.checkpoint_steps == 0
+        self._heed(is_due or time.monotonic() - self._last_save >= runtime.checkpoint_seconds)
+
+    def _heed(self, save_is_due: bool = False) -> None:
+        """Do at a safe point what any rank is told to do; only the first rank's clock counts for saving."""
+        wish = max(self.stop.wish(), Wish.SAVE if save_is_due and self.ranks.first else Wish.GO_ON)
+        decision = self.ranks.highest(wish)
+        if decision == Wish.ABANDON:
+            raise SupersededError(self.stop.why or "another process has taken this run.")
+        if decision != Wish.GO_ON:
             self._checkpoint()
-        if decision == _STOP:
-            raise StoppedError(reason or "another rank was told to stop")
+        if decision == Wish.STOP:
+            raise StoppedError(self.stop.why or "another rank was told to stop")
 
     def _log_window(self) -> None:
         self._require_finite()
@@ -255,18 +259,19 @@ class Trainer:
         self.log.scalar("train/loss", loss, step)
         self.log.scalar("train/top1", top1, step)
         self.log.scalar("train/lr", self.optimizer.param_groups[0]["lr"], step)
-        figures = f"loss {loss:.3f}, accuracy {top1:.1f} %, {self._images_per_second():.0f} images/s"
+        figures = f"loss {loss:.3f}, accuracy {top1:.1f} %, {self.images_per_second():.0f} images/s"
         self._bar.set_postfix_str(figures)
         if self._bar.disable and time.monotonic() - self._last_said > _SECONDS_BETWEEN_LINES:
             self._last_said = time.monotonic()
-            self.log.say(f"step {step}/{self.total_steps}: {figures}, {self._time_left()} left")
+            self.log.say(f"step {step}/{self.total_steps}: {figures}, {timedelta(seconds=self.seconds_left())} left")
 
-    def _time_left(self) -> str:
+    def seconds_left(self) -> int:
         """At the speed since this epoch began (or was entered)."""
         seconds_per_step = (time.monotonic() - self._speed_clock) / max(1, self._speed_steps)
-        return str(timedelta(seconds=round(seconds_per_step * (self.total_steps - self.progress.step))))
+        return round(seconds_per_step * (self.total_steps - self.progress.step))
 
-    def _images_per_second(self) -> float:
+    def images_per_second(self) -> float:
+        """At the speed since this epoch began (or was entered)."""
         return self._speed_images / max(1e-9, time.monotonic() - self._speed_clock)
 
     def _require_finite(self) -> None:
@@ -286,13 +291,13 @@ class Trainer:
             )
 
     def _checkpoint(self) -> None:
+        self.ranks.agree(self.log.guard)
         self._require_finite()
         self._require_finite_weights()
         self._count_seconds()
         began = time.monotonic()
         state = self.state()
-        if self.ranks.first:
-            self._save(self.progress.step, state)
+        self.ranks.agree(lambda: self._save(self.progress.step, state))
         self._last_save = time.monotonic()
         self.stop.saved(self._last_save - began)
 
@@ -311,22 +316,16 @@ class Trainer:
         return step == self.total_steps or step % (per_epoch * self.config.eval_every) == 0
 
     def _evaluate(self) -> None:
-        speed = self._images_per_second() if self._speed_images else None
+        speed = self.images_per_second() if self._speed_images else None
         metrics = {}
         # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
         self.ranks.share(self.model.buffers())
         if self.ema is not None:
             self.ranks.share(self.ema.module.buffers())
         self.model.eval()
-        try:
-            for name, predictor in self._views():
-                result = evaluate(
-                    predictor, self.batches.test(), len(self.batches.data.test), self.ranks, self._told_to_stop
-                )
-                metrics |= {f"{name}/{key}": value for key, value in result.items()}
-        except InterruptedEvaluationError:
-            self._checkpoint()
-            raise StoppedError("told to stop during an evaluation, which will be repeated") from None
+        for name, predictor in self._views():  # stopped in between, the whole evaluation is repeated
+            result = evaluate(predictor, self.batches.test(), len(self.batches.data.test), self.ranks, self._heed)
+            metrics |= {f"{name}/{key}": value for key, value in result.items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds()
         self._record(metrics, speed)
@@ -342,9 +341,6 @@ class Trainer:
                 return view(self._in_format(images))
 
         return predict
-
-    def _told_to_stop(self) -> bool:
-        return self.ranks.highest(_STOP if self.stop.reason() else _GO_ON) == _STOP
 
     def _record(self, metrics: dict[str, float], speed: float | None) -> None:
         progress = self.progress

@@ -1,11 +1,20 @@
-"""The ranks that share a run: one process, or several started by torchrun or Slurm."""
+"""The ranks that share a run: one process, or several started by torchrun or Slurm.
+
+Under Slurm (``srun``, also inside ``salloc``) the ranks find each other through a file in the
+run's parent folder: the first rank opens a store on a port that the system chooses and writes
+down where. So two jobs on one node cannot clash, and nothing needs to be configured.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from experiments.errors import RunBusyError, UserError
+from experiments.training.files import read_json, write_json
+
+_MEETING_SECONDS = 300.0  # how long the first rank's address, and then all ranks, are waited for
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,7 @@ class Ranks:
         if self.first:
             try:
                 outcome = (action(), None)
-            except (UserError, RunBusyError) as error:
+            except (UserError, RunBusyError, OSError) as error:
                 outcome = (None, error)
         value, error = self.from_first(outcome)
         if error is not None:
@@ -72,18 +84,82 @@ class Ranks:
 
 
 @contextmanager
-def joined_ranks(device: torch.device) -> Iterator[Ranks]:
-    """Join the process group that the environment describes (RANK, WORLD_SIZE), if any."""
-    size = int(os.environ.get("WORLD_SIZE", 1))
+def joined_ranks(device: torch.device, meeting_place: Path) -> Iterator[Ranks]:
+    """Join the processes that share this run, if there are several.
+
+    Who they are stands in the environment: RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* (torchrun),
+    else SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID (a step of several tasks).
+
+    Args:
+        device: what this process computes on.
+        meeting_place: a folder that all ranks see; made where it is needed.
+
+    Raises:
+        UserError: the other ranks did not come.
+    """
+    rank, size, local = place_of_this_rank()
     if size == 1:
         yield Ranks()
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=_meet(meeting_place, rank, size), rank=rank, world_size=size)
     try:
         control = dist.group.WORLD if device.type == "cpu" else dist.new_group(backend="gloo")
-        yield Ranks(dist.get_rank(), size, int(os.environ.get("LOCAL_RANK", 0)), control)
+        yield Ranks(rank, size, local, control)
     finally:
         dist.destroy_process_group()
+
+
+def place_of_this_rank() -> tuple[int, int, int]:
+    """(rank, number of ranks, rank within the node), as the environment tells."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    if "RANK" not in os.environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
+    if not all(name in os.environ for name in names[:2]):
+        return 0, 1, 0
+    rank, size, local = (int(os.environ.get(name, 0)) for name in names)
+    return (rank, size, local) if size > 1 else (0, 1, 0)
+
+
+def _meet(place: Path, rank: int, size: int) -> dist.TCPStore:
+    """A store on the first rank's node that all ranks of this step have reached."""
+    step = "-".join(os.environ.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
+    path, patience = place / f"meeting-{step}.json", timedelta(seconds=_MEETING_SECONDS)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if rank == 0:
+            store = dist.TCPStore("", 0, is_master=True, wait_for_workers=False, timeout=patience)
+            host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+            write_json(path, {"host": host, "port": store.port})
+        else:
+            address = _await_address(path)
+            store = dist.TCPStore(address["host"], address["port"], timeout=patience)
+        store.set(f"here/{rank}", "")
+        store.wait([f"here/{other}" for other in range(size)], patience)
+    except (RuntimeError, OSError) as error:
+        raise UserError(
+            f"expected {size} ranks to meet through {path}, rank {rank} did not see all of them: "
+            f"{str(error).splitlines()[0]}; is this folder shared, and can the nodes reach each other?",
+            "node",
+        ) from None
+    finally:
+        if rank == 0:
+            path.unlink(missing_ok=True)
+    return store
+
+
+def _await_address(path: Path) -> dict:
+    end = time.monotonic() + _MEETING_SECONDS
+    while time.monotonic() < end:
+        os.listdir(path.parent)  # makes a network client look afresh
+        address = read_json(path)
+        if address:
+            return address
+        time.sleep(0.1)
+    raise OSError(f"no address of the first rank after {_MEETING_SECONDS:.0f} s")
 
 
 def choose_device(name: str) -> torch.device:
@@ -94,6 +170,13 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        promised = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+        if name == "cpu" and promised:
+            raise UserError(
+                f"expected a GPU on {socket.gethostname()}, where Slurm gives this job number {promised}, got none "
+                "from torch; runtime.device=cpu trains without.",
+                "node",
+            )
     try:
         device = torch.device(name)
         known = device.type in ("cpu", "cuda")
@@ -108,6 +191,6 @@ def choose_device(name: str) -> torch.device:
                 "use runtime.device=cpu."
             )
         if device.index is None:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+            device = torch.device("cuda", place_of_this_rank()[2] % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device

@@ -5,28 +5,32 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 from experiments.config import Config, build, config_hash, options_of, to_tree
-from experiments.errors import TrainingFailedError, UserError
+from experiments.errors import RunBusyError, TrainingFailedError, UserError
 from experiments.models import build_model
 from experiments.training import checkpoint
 from experiments.training.data import Batches
 from experiments.training.datasets import ImageData, fingerprint
-from experiments.training.files import locked, remove_leftovers, write_json
+from experiments.training.failures import record_error
+from experiments.training.files import remove_leftovers, write_json
 from experiments.training.folder import folder_of, prepare_folder, result_of
+from experiments.training.lease import Heartbeat, Lease, is_held, take
 from experiments.training.log import RunLog, lost_events
-from experiments.training.loop import Trainer, total_steps
+from experiments.training.loop import StoppedError, Trainer, total_steps
 from experiments.training.optim import build_optimizer
-from experiments.training.parallel import Ranks, choose_device, joined_ranks
+from experiments.training.parallel import Ranks, choose_device, joined_ranks, place_of_this_rank
 from experiments.training.provenance import record_attempt
 from experiments.training.randomness import seed_torch
+from experiments.training.state import newest
 from experiments.training.stop import StopRequest, listening
 from tract import NonFiniteError
 from tract.methods.base import Method
@@ -47,34 +51,76 @@ def run(config: Config) -> dict:
         StoppedError: asked to stop; the same call continues.
         TrainingFailedError: no use to go on; ``failure.json`` says why.
     """
-    stop = StopRequest(None if config.runtime.deadline_minutes is None else 60 * config.runtime.deadline_minutes)
-    device = choose_device(config.runtime.device)
+    runtime = config.runtime
+    deadline = None if runtime.deadline_minutes is None else 60 * runtime.deadline_minutes
+    stop = StopRequest(deadline, on_term=runtime.on_term)
     folder = folder_of(config)
-    with listening(stop), joined_ranks(device) as ranks, ExitStack() as held:
-        finished = ranks.agree(lambda: _open(config, folder, held))
-        if finished is not None:
-            return finished
-        with _settings(config), _failure_recorded(folder, ranks), _disk_named(folder):
-            return _train(config, folder, device, ranks, stop)
-
-
-def _open(config: Config, folder: Path, held: ExitStack) -> dict | None:
-    """Take the run's folder, until ``held`` is closed; the result instead if the run is finished."""
     finished = result_of(folder)
     if finished is not None:
         return finished
-    new = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"expected a folder that can be written, got {folder}: {error.strerror}.") from None
-    held.enter_context(_removed_if_unusable(folder, new))
-    held.enter_context(locked(folder))
-    prepare_folder(config)
-    return result_of(folder)
+    with listening(stop), ExitStack() as held, _failure_recorded(folder) as ours:
+        device = choose_device(runtime.device)
+        ranks = held.enter_context(joined_ranks(device, folder.parent / "slurm"))
+        desk = _Desk(config, folder, held, stop)
+        finished = ranks.agree(desk.open)
+        ours.append(True)
+        if finished is not None:
+            return finished
+        with _settings(config), _disk_named(folder):
+            return _train(config, folder, device, ranks, stop, desk)
 
 
-def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, stop: StopRequest) -> dict:
+class _Desk:
+    """What the first rank does for all: it takes the run's folder, keeps it, and reports from it."""
+
+    def __init__(self, config: Config, folder: Path, held: ExitStack, stop: StopRequest):
+        self._config, self._folder, self._held, self._stop = config, folder, held, stop
+        self.lease: Lease | None = None
+        self.trainer: Trainer | None = None
+
+    def open(self) -> dict | None:
+        """Take the folder until ``held`` is closed; the result if another process has finished the run meanwhile."""
+        folder, runtime = self._folder, self._config.runtime
+        new = not folder.exists()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"expected a folder that can be written, got {folder}: {error.strerror}.", "disk") from None
+        self._held.enter_context(_removed_if_unusable(folder, new))
+        self.lease = take(folder, runtime.heartbeat_seconds, runtime.patience_seconds)
+        self._held.callback(self.lease.release)
+        self._held.enter_context(Heartbeat(self.lease, runtime.heartbeat_seconds, self.report, self._stop.abandon))
+        finished = result_of(folder)
+        if finished is None:
+            (folder / "failure.json").unlink(missing_ok=True)
+            prepare_folder(self._config)
+        return finished
+
+    def write(self, name: str, content: dict) -> None:
+        """Write a JSON file into the folder, if the run is still ours."""
+        self.lease.check()
+        write_json(self._folder / name, content)
+
+    def report(self) -> None:
+        """``progress.json``: how far the run is, for whoever watches it."""
+        trainer = self.trainer
+        if trainer is None:
+            return
+        progress, per_epoch = trainer.progress, trainer.batches.steps_per_epoch
+        content = {
+            "step": progress.step,
+            "steps": trainer.total_steps,
+            "epoch": round(progress.step / per_epoch, 2),
+            "epochs": round(trainer.total_steps / per_epoch, 2),
+            "top1": progress.metrics.get("test/top1"),
+            "images_per_second": round(trainer.images_per_second(), 1),
+            "seconds_left": trainer.seconds_left(),
+            "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+        }
+        write_json(self._folder / "progress.json", content, durable=False)
+
+
+def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, stop: StopRequest, desk: _Desk) -> dict:
     data = _load_data(config, ranks)
     batches = Batches(
         data,
@@ -89,17 +135,24 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
     )
     model, method, applied = _network(config, data, device)
     notes: list[str] = []
-    state = _load_state(config, folder, ranks, notes.append)
+    start = _choose_checkpoint(config, folder, ranks, notes.append)
+    state = None if start is None else checkpoint.load(start, config_hash(config))
     if state is not None:
         method.match(model, state["model"])
     with _refusal_is_bad_input("optim"):
         optimizer = build_optimizer(config.optim, method, model)
-    log = RunLog(folder if ranks.first else None, state["events"] if state else {}, _flat(to_tree(config)))
+    log = RunLog(
+        folder if ranks.first else None,
+        state["events"] if state else {},
+        _flat(to_tree(config)),
+        guard=desk.lease.check if ranks.first else None,
+    )
     try:
-        factor, save = _factor(config, batches.steps_per_epoch), _saver(config, folder)
+        factor, save = _factor(config, batches.steps_per_epoch), _saver(config, folder, start, desk)
         trainer = Trainer(config, model, method, optimizer, factor, batches, log, stop, ranks, save)
         if state is not None:
             trainer.load_state(state)
+        desk.trainer = trainer
         for note in filter(None, [*notes, applied]):
             log.say(note)
         step, steps = trainer.progress.step, trainer.total_steps
@@ -110,19 +163,27 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
         log.say(f"finished after {trainer.progress.seconds:.0f} s")
     finally:
         log.close()
+        if ranks.first:
+            with suppress(OSError):
+                desk.report()
     result = _result(config, trainer, attempts)
-    if ranks.first:
-        write_json(folder / "result.json", result)
+    ranks.agree(lambda: desk.write("result.json", result))
     return result
 
 
 def _load_data(config: Config, ranks: Ranks) -> ImageData:
     """The first rank downloads; the others read what it left."""
     loaded: list[ImageData] = []
+    options = config.data
+    if config.runtime.data_copy is not None and "root" in options:
+        options = options | {"root": config.runtime.data_copy}
 
     def load() -> None:
-        with _refusal_is_bad_input("data"):
-            loaded.append(build(config.data))
+        try:
+            with _refusal_is_bad_input("data"):
+                loaded.append(build(options))
+        except UserError as error:
+            raise UserError(str(error), "data") from error
 
     ranks.agree(load)
     if not ranks.first:
@@ -143,7 +204,7 @@ def _network(config: Config, data: ImageData, device: torch.device) -> tuple[nn.
     return model.to(device, memory_format=memory_format), method, applied
 
 
-def _load_state(config: Config, folder: Path, ranks: Ranks, report: Callable[[str], None]) -> dict | None:
+def _choose_checkpoint(config: Config, folder: Path, ranks: Ranks, report: Callable[[str], None]) -> Path | None:
     """The newest good checkpoint; the first rank chooses, so that all read the same file."""
 
     def choose() -> Path | None:
@@ -152,8 +213,7 @@ def _load_state(config: Config, folder: Path, ranks: Ranks, report: Callable[[st
             folder / "checkpoints", config_hash(config), report, lambda state: lost_events(folder, state["events"])
         )
 
-    path = ranks.agree(choose)
-    return None if path is None else checkpoint.load(path, config_hash(config))
+    return ranks.agree(choose)
 
 
 def _factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
@@ -163,9 +223,14 @@ def _factor(config: Config, steps_per_epoch: int) -> Callable[[int], float]:
     return lambda step: schedule.factor(step, steps_per_epoch, steps)
 
 
-def _saver(config: Config, folder: Path) -> Callable[[int, dict], None]:
-    hash_, keep = config_hash(config), config.runtime.keep_checkpoints
-    return lambda step, content: checkpoint.save(folder / "checkpoints", step, content, hash_, keep)
+def _saver(config: Config, folder: Path, start: Path | None, desk: _Desk) -> Callable[[int, dict], None]:
+    keeper = checkpoint.Keeper(folder / "checkpoints", config_hash(config), config.runtime.keep_checkpoints, start)
+
+    def save(step: int, content: dict) -> None:
+        desk.lease.check()
+        keeper.save(step, content)
+
+    return save
 
 
 def _result(config: Config, trainer: Trainer, attempts: int) -> dict:
@@ -187,7 +252,7 @@ def _removed_if_unusable(folder: Path, new: bool) -> Iterator[None]:
     try:
         yield
     except UserError:
-        if new and checkpoint.newest(folder / "checkpoints") is None:
+        if new and newest(folder / "checkpoints") is None:
             shutil.rmtree(folder, ignore_errors=True)
         raise
 
@@ -211,7 +276,8 @@ def _disk_named(folder: Path) -> Iterator[None]:
             raise
         raise UserError(
             f"expected to write into {folder}, got: {error.strerror}; mend that, and the same command continues "
-            "from the last checkpoint."
+            "from the last checkpoint.",
+            "node" if error.errno in (errno.EIO, errno.ESTALE) else "disk",
         ) from error
 
 
@@ -236,17 +302,23 @@ def _settings(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _failure_recorded(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """``failure.json`` says why a run failed, until it is started again."""
-    path = folder / "failure.json"
-    if ranks.first:
-        path.unlink(missing_ok=True)
+def _failure_recorded(folder: Path) -> Iterator[list[bool]]:
+    """``failure.json`` says why a run failed, until it is started again.
+
+    Gives a list to put something into once the run is known to be ours.
+    """
+    ours: list[bool] = []
     try:
-        yield
-    except (TrainingFailedError, NonFiniteError) as error:
-        if ranks.first:
-            write_json(path, {"kind": "non-finite", "reason": str(error)})
-        raise TrainingFailedError(str(error)) from error
+        yield ours
+    except (StoppedError, RunBusyError):
+        raise
+    except Exception as error:
+        if folder.is_dir() and (ours or not is_held(folder)):
+            with suppress(OSError):
+                record_error(folder, error, first=place_of_this_rank()[0] == 0)
+        if isinstance(error, NonFiniteError):
+            raise TrainingFailedError(str(error)) from error
+        raise
 
 
 @contextmanager
