@@ -6,11 +6,12 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 BIN = .venv/bin
 
-.PHONY: help quickstart test lint format clean
+.PHONY: help quickstart test test-slow lint format clean
 
 help:
 	@echo "make quickstart  train a small ResNet and ViT on handwritten digits, with and without TrAct"
 	@echo "make test        run the tests (PYTEST_ARGS='-k resume' selects)"
+	@echo "make test-slow   run the slow tests: what can happen to a job, on a real Slurm"
 	@echo "make lint        check style"
 	@echo "make format      apply style"
 	@echo "make clean       remove the virtual environment and caches; run folders stay"
@@ -22,6 +23,10 @@ quickstart: .venv/installed
 
 test: .venv/installed-test
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+# Mostly waiting for Slurm: more processes than cores.
+test-slow: .venv/installed-test
+	$(BIN)/python -m pytest -m slow -n 4 $(PYTEST_ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

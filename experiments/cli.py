@@ -8,7 +8,7 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from experiments.config import (
     OF_ONE_START,
@@ -45,7 +45,7 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
         arguments: the command line without the program's name.
 
     Returns:
-        Exit code: 0 done, 1 failed, 2 bad input, 69 busy, 75 stopped with a checkpoint.
+        Exit code: 0 done (or submitted), 1 failed, 2 bad input, 69 busy, 75 stopped with a checkpoint.
     """
     parser = _parser(experiment, description, grid)
     try:
@@ -85,27 +85,48 @@ def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
     if options.resume is not None:
         return _run_here(_replay(experiment, options.resume, options.overrides), options.pdb)
     overrides = parse_overrides(options.overrides)
-    if options.submit:
-        raise UserError(
-            "--submit needs the Slurm launcher, which is not part of this version yet; use --local or --dry-run."
-        )
-    if not (options.local or options.dry_run):
-        for key in ("grid", "jobs"):
-            if key in overrides:
-                raise UserError(f"{key}= chooses how a grid is run; add --local or --dry-run.")
+    if not (options.local or options.submit or options.dry_run):
+        for key in overrides:
+            if key in ("grid", "jobs", "cluster") or key.startswith("cluster."):
+                raise UserError(f"{key}= chooses how a grid is run; add --local, --submit or --dry-run.")
         return _run_here(compose_config(experiment, parse_single(options.overrides)), options.pdb)
-    from experiments.local import run_grid, show_plan
+    return _run_grid(experiment, grid, options, overrides)
 
+
+def _run_grid(experiment: str, grid: str, options: argparse.Namespace, overrides: dict[str, list]) -> int:
     jobs = _jobs(overrides.pop("jobs", [1]))
-    names = overrides.pop("grid", [grid])
-    if len(names) > 1:
-        raise UserError(f"expected one grid, got grid={','.join(map(str, names))}; start one after another.")
-    name = str(names[0])
+    name = str(_single("grid", overrides.pop("grid", [grid])))
+    cluster = _cluster(overrides)
     configs = plan(experiment, name, overrides)
-    if options.dry_run:
-        show_plan(configs, jobs)
-        return 0
-    return run_grid(experiment, configs, jobs)
+    if options.local and not options.dry_run:
+        from experiments.local import run_grid
+
+        return run_grid(experiment, configs, jobs)
+    from slurm import launch  # what launches runs stands above what trains them
+
+    if not options.dry_run:
+        return launch.submit(experiment, configs, cluster)
+    from experiments.local import show_plan
+
+    show_plan(configs, jobs)
+    launch.show_plan(experiment, configs, cluster)
+    return 0
+
+
+def _cluster(overrides: dict[str, list]) -> Any:
+    """Take ``cluster=NAME`` and ``cluster.KEY=VALUE`` out of the overrides: the cluster's profile."""
+    from slurm.profile import load_cluster
+
+    name = _single("cluster", overrides.pop("cluster", [None]))
+    keys = [key for key in overrides if key.startswith("cluster.")]
+    changes = {key.removeprefix("cluster."): _single(key, overrides.pop(key)) for key in keys}
+    return load_cluster(None if name is None else str(name), changes)
+
+
+def _single(key: str, values: list) -> Any:
+    if len(values) > 1:
+        raise UserError(f"expected one {key}, got {key}={','.join(map(str, values))}; start one after another.")
+    return values[0]
 
 
 def _run_here(config: Config, debugger: bool) -> int:
@@ -165,6 +186,12 @@ def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
     return config
 
 
+def _clusters() -> list[str]:
+    from slurm.profile import names
+
+    return list(names())
+
+
 def _jobs(values: list) -> int:
     if len(values) != 1 or not isinstance(values[0], int) or values[0] < 1:
         raise UserError(f"expected jobs=N with N at least 1, got jobs={','.join(map(str, values))}.")
@@ -179,7 +206,8 @@ def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentPa
             f"Groups: model={{{','.join(choices_of('model'))}}} data={{{','.join(choices_of('data'))}}} "
             f"optim={{{','.join(choices_of('optim'))}}} schedule={{{','.join(choices_of('schedule'))}}} "
             f"method={{{','.join(choices_of('method'))}}} debug={{{','.join(choices_of('debug'))}}}. "
-            f"Grids: {', '.join(grids(experiment))}. Every value of experiments/conf/{experiment}.yaml, and of the "
+            f"Grids: {', '.join(grids(experiment))}. Clusters: {', '.join(_clusters())}. "
+            f"Every value of experiments/conf/{experiment}.yaml, and of the "
             "dataclasses in experiments/config.py, can be given as key=value. Exit codes: 0 done, 1 failed, "
             "2 bad input, 69 busy, 75 stopped with a checkpoint (the same command continues).",
             width=100,
@@ -197,8 +225,12 @@ def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentPa
         action="store_true",
         help=f"the whole grid here (grid={grid}; jobs=N at a time), or what KEY=A,B selects",
     )
-    how.add_argument("--submit", action="store_true", help="the grid on a Slurm cluster (not in this version)")
-    how.add_argument("--dry-run", action="store_true", help="print the plan and do nothing")
+    how.add_argument(
+        "--submit",
+        action="store_true",
+        help="the same grid as jobs of a cluster (cluster=PROFILE, cluster.KEY=VALUE); returns at once",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the plan, its cost and its jobs; do nothing")
     how.add_argument("--resume", metavar="RUN", help="continue exactly this run folder here")
     parser.add_argument("--pdb", action="store_true", help="open the debugger where an error happens")
     return parser

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from experiments.errors import RunBusyError, UserError
 from experiments.training.files import read_json
+from experiments.training.place import slurm_start
 
 MISSED_BEATS = 6  # a holder is taken for dead after so many heartbeats have not come
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -34,14 +35,15 @@ class SupersededError(RunBusyError):
 # -- processes --------------------------------------------------------------------------
 
 
-def this_process() -> dict:
-    """What tells this process from every other one, also after a reboot or in a container."""
+def this_process(pid: int | None = None) -> dict:
+    """What tells this process (or ``pid``) from every other one, also after a reboot or in a container."""
+    pid = os.getpid() if pid is None else pid
     return {
         "host": socket.gethostname(),
         "boot": _read("/proc/sys/kernel/random/boot_id"),
         "processes": _link("/proc/self/ns/pid"),
-        "pid": os.getpid(),
-        "began": _began(os.getpid()),
+        "pid": pid,
+        "began": _began(pid),
     }
 
 
@@ -205,7 +207,7 @@ def take(folder: Path, beats_every: float, patience: float = 0.0) -> Lease:
         UserError: the folder cannot be written.
     """
     end, leases = time.monotonic() + patience, folder / "lease"
-    said = this_process() | _slurm_start() | {"beats_every": beats_every, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+    said = this_process() | slurm_start() | {"beats_every": beats_every, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     while True:
         number, path = highest(leases)
         if path is None or not is_live(path, now_in(leases)) or _is_later(said, read_json(path)):
@@ -244,14 +246,6 @@ def describe(said: dict) -> str:
     """A holder in a few words."""
     job = f"job {said['job']} (start {said['restart'] + 1}), " if said.get("job") else ""
     return f"{job}process {said.get('pid', '?')} on {said.get('host', '?')} since {said.get('since', '?')}"
-
-
-def _slurm_start() -> dict:
-    """Which Slurm job this is, and how often it has been started again."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return {}
-    return {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
 
 
 def _is_later(said: dict, other: dict) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from experiments.errors import RunBusyError, UserError
 from experiments.training.files import read_json, write_json
+from experiments.training.place import node_name, place_of_this_rank
 
 _MEETING_SECONDS = 300.0  # how long the first rank's address, and then all ranks, are waited for
 
@@ -87,8 +88,7 @@ class Ranks:
 def joined_ranks(device: torch.device, meeting_place: Path) -> Iterator[Ranks]:
     """Join the processes that share this run, if there are several.
 
-    Who they are stands in the environment: RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* (torchrun),
-    else SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID (a step of several tasks).
+    Who they are stands in the environment, see ``place.py``.
 
     Args:
         device: what this process computes on.
@@ -113,17 +113,6 @@ def joined_ranks(device: torch.device, meeting_place: Path) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def place_of_this_rank() -> tuple[int, int, int]:
-    """(rank, number of ranks, rank within the node), as the environment tells."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    if "RANK" not in os.environ:
-        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    if not all(name in os.environ for name in names[:2]):
-        return 0, 1, 0
-    rank, size, local = (int(os.environ.get(name, 0)) for name in names)
-    return (rank, size, local) if size > 1 else (0, 1, 0)
-
-
 def _meet(place: Path, rank: int, size: int) -> dist.TCPStore:
     """A store on the first rank's node that all ranks of this step have reached."""
     step = "-".join(os.environ.get(f"SLURM_{key}", "0") for key in ("JOB_ID", "RESTART_COUNT", "STEP_ID"))
@@ -131,9 +120,8 @@ def _meet(place: Path, rank: int, size: int) -> dist.TCPStore:
     try:
         place.mkdir(parents=True, exist_ok=True)
         if rank == 0:
-            store = dist.TCPStore("", 0, is_master=True, wait_for_workers=False, timeout=patience)
-            host = os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-            write_json(path, {"host": host, "port": store.port})
+            store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=patience)
+            write_json(path, {"host": node_name(), "port": store.port})
         else:
             address = _await_address(path)
             store = dist.TCPStore(address["host"], address["port"], timeout=patience)

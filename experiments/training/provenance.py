@@ -11,15 +11,68 @@ import shlex
 import socket
 import subprocess
 import sys
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from experiments.errors import UserError
 from experiments.training.files import write_atomically, write_json
 
+SNAPSHOT = "snapshot.json"  # in a copy of the code that jobs run from: what it is a copy of
 _ROOT = Path(__file__).parents[2]
 _PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "hydra-core", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Code:
+    """The state of the source code: a commit and how the files differ from it."""
+
+    commit: str | None  # None: not under git
+    dirty: bool
+    untracked: list[str]
+    patch: bytes  # uncommitted changes of tracked files
+
+
+def code_of(root: Path) -> Code:
+    """What the code in a folder is: asked from git, or written down where it was copied from a checkout.
+
+    Raises:
+        UserError: the copy's record is damaged.
+    """
+    if (root / SNAPSHOT).exists():  # git would answer for the checkout that the copy happens to lie in
+        return _code_of_snapshot(root)
+    if not listed(root, "--cached"):
+        return Code(None, False, [], b"")
+    patch = git(root, "diff", "--no-ext-diff", "--no-color", "HEAD")
+    untracked = listed(root, "--others", "--exclude-standard")
+    commit = git(root, "rev-parse", "HEAD").decode().strip() or None
+    return Code(commit, bool(patch or untracked), untracked, patch)
+
+
+def _code_of_snapshot(root: Path) -> Code:
+    try:
+        record = json.loads((root / SNAPSHOT).read_text())
+        patch = (root / record["diff"]).read_bytes() if record["diff"] else b""
+        return Code(record["commit"], record["dirty"], record["untracked"], patch)
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(
+            f"expected in {root / SNAPSHOT} what this copy of the code was made from, got something else; submit again."
+        ) from None
+
+
+def git(root: Path, *arguments: str) -> bytes:
+    """What git prints, or nothing where there is no git or no repository."""
+    try:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True, timeout=30).stdout
+    except (OSError, subprocess.SubprocessError):
+        return b""
+
+
+def listed(root: Path, *which: str) -> list[str]:
+    """The names that ``git ls-files`` gives, relative to the root."""
+    return [os.fsdecode(name) for name in git(root, "ls-files", "-z", *which).split(b"\0") if name]
 
 
 def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, data: str) -> int:
@@ -37,19 +90,18 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
     """
     path = folder / "provenance.json"
     attempts = _earlier_attempts(path)
-    diff = _git("diff", "HEAD")
-    untracked = _git("ls-files", "--others", "--exclude-standard").splitlines()
+    code = code_of(_ROOT)
     patch = None
-    if diff:
-        patch = f"diff-{hashlib.sha256(diff.encode()).hexdigest()[:8]}.patch"
-        write_atomically(folder / patch, diff.encode())
+    if code.patch:
+        patch = f"diff-{hashlib.sha256(code.patch).hexdigest()[:8]}.patch"
+        write_atomically(folder / patch, code.patch)
     attempt = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
-        "commit": _git("rev-parse", "HEAD").strip() or None,
-        "dirty": bool(diff or untracked),
+        "commit": code.commit,
+        "dirty": code.dirty,
         "diff": patch,
-        "untracked": untracked[:100],
+        "untracked": code.untracked[:100],
         "packages": _versions(),
         "hardware": _hardware(device),
         "world_size": ranks,
@@ -71,20 +123,6 @@ def _earlier_attempts(path: Path) -> list[dict]:
         pass
     path.replace(path.with_name("provenance-damaged.json"))  # kept for a person to look at
     return []
-
-
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(
-            ["git", "-C", str(_ROOT), *arguments],
-            capture_output=True,
-            text=True,
-            errors="replace",
-            check=True,
-            timeout=30,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,14 +19,15 @@ from experiments.models import build_model
 from experiments.training import checkpoint
 from experiments.training.data import Batches
 from experiments.training.datasets import ImageData, fingerprint
-from experiments.training.failures import record_error
+from experiments.training.diagnosis import record_error
 from experiments.training.files import remove_leftovers, write_json
 from experiments.training.folder import folder_of, prepare_folder, result_of
 from experiments.training.lease import Heartbeat, Lease, is_held, take
 from experiments.training.log import RunLog, lost_events
 from experiments.training.loop import StoppedError, Trainer, total_steps
 from experiments.training.optim import build_optimizer
-from experiments.training.parallel import Ranks, choose_device, joined_ranks, place_of_this_rank
+from experiments.training.parallel import Ranks, choose_device, joined_ranks
+from experiments.training.place import node_name, place_of_this_rank
 from experiments.training.provenance import record_attempt
 from experiments.training.randomness import seed_torch
 from experiments.training.state import newest
@@ -115,7 +115,7 @@ class _Desk:
             "top1": progress.metrics.get("test/top1"),
             "images_per_second": round(trainer.images_per_second(), 1),
             "seconds_left": trainer.seconds_left(),
-            "host": os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            "host": node_name(),
         }
         write_json(self._folder / "progress.json", content, durable=False)
 
