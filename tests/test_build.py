@@ -55,12 +55,20 @@ def test_the_library_imports_torch_and_the_standard_library_only():
     [
         ("tract", "experiments|slurm|analysis"),
         ("experiments", "analysis"),
+        ("slurm", "analysis"),
         ("analysis", "tract|experiments|slurm|torch"),
     ],
 )
 def test_imports_point_one_way(package, forbidden):
     for path in (ROOT / package).rglob("*.py"):
         assert not re.search(rf"^\s*(?:from|import) (?:{forbidden})\b", path.read_text(), re.MULTILINE), path
+
+
+def test_training_does_not_need_the_launcher():
+    """Only the command line reaches up to ``slurm``, and only where a grid is submitted."""
+    for path in (ROOT / "experiments").rglob("*.py"):
+        found = re.findall(r"^(\s*)(?:from|import) slurm\b", path.read_text(), re.MULTILINE)
+        assert not found or (path.name == "cli.py" and all(found)), path
 
 
 def test_the_library_can_be_installed_alone(tmp_path):

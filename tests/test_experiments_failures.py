@@ -1,0 +1,142 @@
+"""What failed decides what is done about it; so each kind is told from the others."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+from experiments.errors import RunBusyError, TrainingFailedError, UserError
+from experiments.training import failures
+from experiments.training.diagnosis import kind_of, record_error
+from experiments.training.folder import folder_of, prepare_folder
+from experiments.training.loop import StoppedError, Trainer
+from experiments.training.run import run
+from experiments.training.state import state_of
+from tests.cases import tiny_config
+from tests.holding import held_elsewhere
+from tract import NonFiniteError
+
+# Messages as torch, NCCL and gloo word them.
+KINDS = [
+    (TrainingFailedError("train/loss is not finite in step 3"), "non-finite"),
+    (NonFiniteError("input of conv1 is not finite"), "non-finite"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."), "out-of-memory"),
+    (MemoryError(), "out-of-memory"),
+    (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), "out-of-memory"),
+    (OSError(errno.ENOMEM, "Cannot allocate memory"), "out-of-memory"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "out-of-memory"),
+    (UserError("expected CIFAR-10 in data", "data"), "data"),
+    (UserError("expected optim.lr to be a number"), "input"),
+    (OSError(errno.ENOSPC, "No space left on device"), "disk"),
+    (OSError(errno.EROFS, "Read-only file system"), "disk"),
+    (OSError(errno.EIO, "Input/output error"), "node"),
+    (OSError(errno.ESTALE, "Stale file handle"), "node"),
+    (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node"),
+    (RuntimeError("No CUDA GPUs are available: no CUDA-capable device is detected"), "node"),
+    (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "node"),
+    (RuntimeError("CUDA error: unspecified launch failure"), "node"),
+    (UserError("expected a GPU on n1, where Slurm gives this job number 0", "node"), "node"),
+    (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"), "peer"),
+    (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), "peer"),
+    (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "peer"),
+    (RuntimeError("CUDA error: device-side assert triggered"), "code"),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "code"),
+    (KeyError("lr"), "code"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory"), "code"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "kind"), KINDS, ids=lambda value: f"{value!r:.40}")
+def test_each_error_has_its_kind(error, kind):
+    assert kind_of(error) == kind
+
+
+def test_every_kind_is_documented():
+    for kind in {kind for _, kind in KINDS}:
+        assert f"\n{kind} " in failures.__doc__, kind
+
+
+def _recorded(folder):
+    return json.loads((folder / "failure.json").read_text())
+
+
+def test_the_record_has_reason_place_and_the_end_of_the_traceback(tmp_path):
+    try:
+        raise ValueError("first line\nsecond line")
+    except ValueError as error:
+        record_error(tmp_path, error)
+    said = _recorded(tmp_path)
+    assert (said["kind"], said["reason"]) == ("code", "ValueError: first line")
+    assert said["traceback"][-1] == "second line"
+    assert any("test_experiments_failures" in line for line in said["traceback"])
+    assert len(said["traceback"]) <= failures.LINES
+    assert said["host"]
+
+
+def test_what_another_rank_says_of_itself_stays(tmp_path):
+    """The rank that failed knows why; those that lost it do not."""
+    failures.record(tmp_path, "out-of-memory", "rank 1")
+    record_error(tmp_path, ConnectionError("Connection closed by peer"))
+    assert _recorded(tmp_path)["reason"] == "rank 1"
+
+
+def test_a_lost_peer_is_recorded_by_the_first_rank_and_overwritten_by_the_cause(tmp_path):
+    record_error(tmp_path, ConnectionError("Connection closed by peer"), first=False)
+    assert not (tmp_path / "failure.json").exists()
+    record_error(tmp_path, ConnectionError("Connection closed by peer"))
+    assert _recorded(tmp_path)["kind"] == "peer"
+    record_error(tmp_path, MemoryError(), first=False)
+    assert _recorded(tmp_path)["kind"] == "out-of-memory"
+
+
+def _failing(monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_step", fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(KeyError("x"), "code"), (torch.OutOfMemoryError("CUDA out of memory"), "out-of-memory")]
+)
+def test_a_failed_run_says_why_until_it_is_started_again(tmp_path, monkeypatch, error, kind):
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        _failing(patch, error)
+        with pytest.raises(type(error)):
+            run(config)
+    folder = folder_of(config)
+    assert _recorded(folder)["kind"] == kind
+    assert state_of(folder) == "failed"
+    run(config)
+    assert not (folder / "failure.json").exists()
+    assert state_of(folder) == "finished"
+
+
+def test_a_missing_data_folder_is_a_failure_of_the_data(tmp_path):
+    config = tiny_config(tmp_path, data="imagefolder", data__root=str(tmp_path / "missing"), data__image_size=8)
+    prepare_folder(config)  # as for a submitted run; a new folder would go again
+    with pytest.raises(UserError, match="missing"):
+        run(config)
+    assert _recorded(folder_of(config))["kind"] == "data"
+
+
+@pytest.mark.parametrize("error", [StoppedError("signal"), RunBusyError("taken"), KeyboardInterrupt()])
+def test_to_stop_is_no_failure(tmp_path, monkeypatch, error):
+    config = tiny_config(tmp_path)
+    _failing(monkeypatch, error)
+    with pytest.raises(type(error)):
+        run(config)
+    assert not (folder_of(config) / "failure.json").exists()
+
+
+def test_a_refused_start_says_nothing_about_somebody_elses_run(tmp_path):
+    config = tiny_config(tmp_path, runtime__device="cuda:77")
+    folder = prepare_folder(config)
+    with held_elsewhere(folder), pytest.raises(UserError, match="GPU"):
+        run(config)
+    assert not (folder / "failure.json").exists()
+    with pytest.raises(UserError, match="GPU"):
+        run(config)
+    assert _recorded(folder)["kind"] == "input"
