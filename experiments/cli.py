@@ -94,6 +94,11 @@ def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
 
 
 def _run_grid(experiment: str, grid: str, options: argparse.Namespace, overrides: dict[str, list]) -> int:
+    for key in overrides:
+        if options.local and (key == "cluster" or key.startswith("cluster.")):
+            raise UserError(f"{key}= is for --submit; --local takes jobs=N, the most runs at a time.")
+    if options.submit and "jobs" in overrides:
+        raise UserError("jobs= is for --local; --submit takes cluster.parallel=N, the most jobs at a time.")
     jobs = _jobs(overrides.pop("jobs", [1]))
     name = str(_single("grid", overrides.pop("grid", [grid])))
     cluster = _cluster(overrides)

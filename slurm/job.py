@@ -42,6 +42,7 @@ from experiments.training.failures import LINES, record
 from experiments.training.files import read_json, write_json
 from experiments.training.place import node_name, place_of_this_rank, slurm_start
 from slurm import ledger
+from slurm.memory import oom_kills
 from slurm.queue import seconds_left
 from slurm.stage import staged
 
@@ -49,6 +50,7 @@ _POLL = 0.1  # seconds
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _PATIENCE = 120.0  # seconds that a run waits for a process elsewhere that seems to train it
 _MARGIN = 30.0  # seconds between the runs' deadline and the job's end
+_NO_MEMORY = "for lack of the job's memory (more: cluster.memory_gb)"
 _ELSEWHERE = ("node", "peer")  # kinds of failure that a requeue may cure
 
 
@@ -115,6 +117,7 @@ class Supervisor:
         self._copies: dict[Path, Path] = {}
         self._end: float | None = None
         self._staging = False
+        self._oom_kills = oom_kills()
 
     # -- the whole ----------------------------------------------------------------------
 
@@ -164,7 +167,7 @@ class Supervisor:
                 self._fail(folder, "requeues", f"the budget of {budget} requeues is used up; retry gives it a new one")
             left = []
         if left and outcome.bad_node and self._start:
-            with open(self._submission / f"exclude-{self._start['job']}", "a") as file:
+            with suppress(OSError), open(self._submission / f"exclude-{self._start['job']}", "a") as file:
                 file.write(node_name() + "\n")
         finished = sum((folder / "result.json").exists() for folder in self._folders)
         self._say(f"{finished} of {len(self._folders)} runs finished, {len(outcome.failed)} failed, {len(left)} left")
@@ -182,8 +185,13 @@ class Supervisor:
         path = self._submission / "ranks" / f"{step}.json"
         if self._rank == 0:
             runs = self._runs_to_train()
-            path.parent.mkdir(exist_ok=True)
-            write_json(path, {"runs": [str(run) for run in runs]})
+            try:
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"runs": [str(run) for run in runs]})
+            except OSError as error:
+                for folder in runs:
+                    self._fail(folder, "disk", str(error))
+                return []
             return runs
         end = time.monotonic() + _PATIENCE
         while time.monotonic() < end:
@@ -216,7 +224,8 @@ class Supervisor:
         last = ledger.attempts(folder)[-1]
         how = last.get("reason") or "cut off without a word (the node or the whole job was killed)"
         where = f"after step {ledger.last_step(folder)}"
-        self._fail(folder, "no-progress", f"{count} attempts in a row wrote no checkpoint {where}; the last one: {how}")
+        kind = "out-of-memory" if how.endswith(_NO_MEMORY) else "no-progress"
+        self._fail(folder, kind, f"{count} attempts in a row wrote no checkpoint {where}; the last one: {how}")
         return True
 
     def _is_cancelled(self, folder: Path) -> bool:
@@ -232,9 +241,16 @@ class Supervisor:
             said = self._start | {"node": node_name(), "submission": self._submission.name}
             if "SLURM_ARRAY_TASK_ID" in os.environ:
                 said["job"] = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-            attempt = ledger.begin_attempt(folder, **said)
+            try:
+                attempt = ledger.begin_attempt(folder, **said)
+                output = open(folder / "output.txt", "ab")  # noqa: SIM115
+            except (UserError, OSError) as error:  # this run's trouble alone
+                self._fail(folder, "disk", str(error))
+                return
             self._say(f"{folder.name}: started at step {ledger.last_step(folder)}")
-        with open(folder / "output.txt" if self._rank == 0 else os.devnull, "ab") as output:
+        else:
+            output = open(os.devnull, "ab")  # noqa: SIM115
+        with output:
             process = subprocess.Popen(
                 self._command(folder),
                 cwd=self._cwd,
@@ -291,13 +307,15 @@ class Supervisor:
             return self._try_again(child, f"killed by {signal.Signals(-code).name}")
         if not failure:
             lines = _tail(folder / "output.txt", LINES)
-            record(folder, "code", f"exit code {code}: {lines[-1] if lines else 'no output'}", lines)
-            failure = read_json(folder / "failure.json")
+            failure = {"kind": "code", "reason": f"exit code {code}: {lines[-1] if lines else 'no output'}"}
+            with suppress(OSError):
+                record(folder, **failure, lines=lines)
         self._outcome.failed.append(folder)
         return self._note(child, "failed", f"{failure['kind']}: {failure['reason']}")
 
     def _note(self, child: _Child, outcome: str, reason: str = "", release: bool = True) -> bool:
-        ledger.end_attempt(child.attempt, outcome, reason)
+        with suppress(OSError):  # what cannot be noted shall stop no other run
+            ledger.end_attempt(child.attempt, outcome, reason)
         if release:
             self._release(child.folder, outcome)
         self._say(f"{child.folder.name}: {outcome}{': ' if reason else ''}{reason}")
@@ -305,7 +323,9 @@ class Supervisor:
 
     def _try_again(self, child: _Child, reason: str) -> bool:
         if -child.process.returncode == signal.SIGKILL:
-            reason += " (kill -9, or the machine ran out of memory)"
+            kills = oom_kills()
+            reason += f" {_NO_MEMORY}" if kills > self._oom_kills else " (kill -9, or the machine ran out of memory)"
+            self._oom_kills = kills
         self._note(child, "killed", reason, release=False)
         if self._is_fruitless(child.folder):
             return False
@@ -315,7 +335,8 @@ class Supervisor:
         return True
 
     def _try_elsewhere(self, child: _Child, failure: dict) -> bool:
-        (child.folder / "failure.json").unlink(missing_ok=True)
+        with suppress(OSError):
+            (child.folder / "failure.json").unlink(missing_ok=True)
         self._note(child, "node", f"{failure['kind']}: {failure['reason']}", release=False)
         if not self._is_fruitless(child.folder):
             self._outcome.left.append(child.folder)
@@ -410,7 +431,8 @@ class Supervisor:
     _killed_code = 0  # of a rank other than the first
 
     def _say(self, sentence: str) -> None:
-        print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}", flush=True)
+        with suppress(OSError):  # the log may be on a full disk
+            print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {sentence}", flush=True)
 
 
 class _StoppedError(Exception):

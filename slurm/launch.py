@@ -62,9 +62,15 @@ def shape_of(cluster: Cluster, gpus: int) -> Shape:
         UserError: the GPUs cannot be spread evenly over nodes.
     """
     if cluster.nodes is not None or cluster.tasks_per_node is not None:
-        tasks = cluster.tasks_per_node or 1
+        nodes = cluster.nodes or max(1, math.ceil(gpus / cluster.tasks_per_node))
+        tasks = cluster.tasks_per_node or max(1, math.ceil(gpus / nodes))
+        if None in (cluster.nodes, cluster.tasks_per_node) and gpus > 1 and nodes * tasks != gpus:
+            raise UserError(
+                f"expected runs whose GPUs spread evenly over nodes, got {gpus} GPUs on {nodes} nodes with {tasks} "
+                "tasks each; set runtime.gpus, cluster.nodes or cluster.tasks_per_node."
+            )
         given = tasks if gpus and cluster.gpus_per_node else 0
-        return Shape(cluster.nodes or 1, tasks, given, cluster.cpus_per_task, 1)
+        return Shape(nodes, tasks, given, cluster.cpus_per_task, 1)
     if gpus <= 1:
         given = (cluster.gpus_per_job or 1) if gpus and cluster.gpus_per_node else 0
         slots = max(1, given)
@@ -317,7 +323,7 @@ class _Submission:
             "mem": None if c.memory_gb is None else f"{round(1024 * c.memory_gb)}M",
             "array_parallelism": throttle,
             "setup": self._setup(),
-            "teardown": _teardown(c.max_requeues, self._folder),
+            "teardown": _teardown(c.max_requeues, self._folder, c.exclude),
             "stderr_to_stdout": True,
             # Without the first, srun gives each task one core; with the second a rank that ends would end the others.
             "srun_args": [f"--cpus-per-task={shape.cpus_per_task}", "--kill-on-bad-exit=0"],
@@ -361,13 +367,15 @@ class _Submission:
         return [shlex.split(option)[0] for option in options if not option.startswith(skip)]
 
 
-def _teardown(budget: int, folder: Path) -> list[str]:
+def _teardown(budget: int, folder: Path, excluded: str | None) -> list[str]:
     """Shell lines after the job's processes have ended: ask for a requeue where that is wanted.
 
     Exit code 75 is the job's own wish; above 128 a signal has ended its process. Slurm may
     have requeued the job itself meanwhile (then its count of restarts has grown), or a person
-    may have cancelled it; else the request is repeated until the controller takes it.
+    may have cancelled it; else the request is repeated until the controller takes it. Nodes
+    that were found faulty are excluded besides those that the profile excludes.
     """
+    before = shlex.quote(f"{excluded},") if excluded else ""
     exclude = f'{shlex.quote(str(folder))}/"exclude-$SLURM_JOB_ID"'
     return [
         "rc=$?",
@@ -382,7 +390,7 @@ def _teardown(budget: int, folder: Path) -> list[str]:
         "    sleep 5",
         "  done",
         f"  if [ -s {exclude} ]; then",
-        f'    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(sort -u {exclude} | paste -sd, -)"',
+        f'    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList={before}"$(sort -u {exclude} | paste -sd, -)"',
         "  fi",
         "  sleep 120  # Slurm ends this script when it requeues the job",
         "fi",

@@ -116,8 +116,18 @@ def run_folders(runs: Path, experiment: str | None = None) -> list[Path]:
             f"expected folders that can be read, got {error.filename}: {error.strerror}; give --experiment NAME."
         ) from None
     folders = [entry.path for entry in found if entry.is_dir() and entry.name != SUBMISSIONS]
-    are_runs = _each(lambda folder: os.path.exists(os.path.join(folder, "config.yaml")), folders)
+    are_runs = _each(_is_run, folders)
     return [Path(folder) for folder, is_run in zip(folders, are_runs, strict=True) if is_run]
+
+
+def _is_run(folder: str) -> bool:
+    try:
+        os.stat(os.path.join(folder, "config.yaml"))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:  # its entry will say what is wrong
+        return True
+    return True
 
 
 def _each(function: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:

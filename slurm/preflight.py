@@ -144,7 +144,9 @@ def _check_request(cluster: Cluster, options: list[str], say: _Say) -> list[str]
     """Let Slurm judge a job that is not submitted."""
     command = ["sbatch", "--test-only", *options, "--wrap", "true"]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60.0)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=60.0
+        )
     except subprocess.TimeoutExpired:
         return ["sbatch --test-only took more than a minute, so Slurm has not been asked whether it takes the jobs."]
     accounts = queue.accounts() if cluster.account else []

@@ -149,7 +149,11 @@ def nodes_out_of_service(partition: str | None = None) -> tuple[int, int] | None
 
 def accounts() -> list[str]:
     """The accounts of this user; none where there is no accounting or it does not answer."""
-    ask = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={getpass.getuser()}", "format=account"]
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # a user without a name, as in some containers
+        return []
+    ask = ["sacctmgr", "--noheader", "--parsable2", "show", "assoc", f"user={user}", "format=account"]
     return sorted(set((_output(ask, 10.0) or "").split()))
 
 
