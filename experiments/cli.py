@@ -113,8 +113,13 @@ def _run_grid(experiment: str, grid: str, options: argparse.Namespace, overrides
         return launch.submit(experiment, configs, cluster)
     from experiments.local import show_plan
 
-    show_plan(configs, jobs)
-    launch.show_plan(experiment, configs, cluster)
+    states = launch.states_of(configs)
+    try:
+        show_plan(states, jobs)
+        launch.show_plan(experiment, configs, states, cluster)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read this, such as head, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     return 0
 
 

@@ -14,6 +14,7 @@ import inspect
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -57,6 +58,7 @@ class Runtime:
     keep_checkpoints: int = 2
     log_every: int = 50  # steps between points of train/*
     deadline_minutes: float | None = None  # stop with a checkpoint before so many minutes have passed
+    deadline_at: float | None = None  # the same as a time: seconds since 1970
     progress: bool = True
     heartbeat_seconds: float = 10.0  # between signs of life; after six missing ones others may take the run
     patience_seconds: float = 0.0  # how long to wait for another process that trains this run
@@ -71,6 +73,7 @@ class Runtime:
 # What belongs to one start of a run, not to the run: forgotten when it is started again.
 OF_ONE_START = {
     "deadline_minutes": None,
+    "deadline_at": None,
     "progress": True,
     "patience_seconds": 0.0,
     "on_term": "stop",
@@ -154,7 +157,9 @@ def parse_single(arguments: list[str]) -> dict[str, Any]:
     parsed = parse_overrides(arguments)
     for key, values in parsed.items():
         if len(values) > 1:
-            raise UserError(f"{key} has {len(values)} values, which are several runs; add --local or --dry-run.")
+            raise UserError(
+                f"{key} has {len(values)} values, which are several runs; add --local, --submit or --dry-run."
+            )
     return {key: values[0] for key, values in parsed.items()}
 
 
@@ -185,7 +190,7 @@ def from_tree(tree: DictConfig | dict) -> Config:
         UserError: unknown keys, missing or bad values.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        merged = OmegaConf.merge(_schema(), tree)  # which copies it
         for key in OmegaConf.missing_keys(merged):
             raise UserError(f"expected a value for {key}, got none; give {key}=VALUE.")
         OmegaConf.resolve(merged)
@@ -197,6 +202,11 @@ def from_tree(tree: DictConfig | dict) -> Config:
         raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
     return config
+
+
+@functools.cache
+def _schema() -> DictConfig:
+    return OmegaConf.structured(Config)
 
 
 def _make_root_absolute(config: Config) -> None:
@@ -314,7 +324,7 @@ def validate(config: Config) -> None:
 def _check_component(group: str, node: dict[str, Any]) -> None:
     if "_target_" not in node:
         raise UserError(f"expected {group}=NAME with one of {', '.join(choices_of(group))}, got none.")
-    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    parameters = _parameters_of(node["_target_"])
     for key, value in options_of(node).items():
         if key not in parameters:
             raise UserError(f"unknown key {group}.{key}; {nearest(key, parameters)}.")
@@ -323,6 +333,11 @@ def _check_component(group: str, node: dict[str, Any]) -> None:
             raise UserError(f"expected {group}.{key} to be {_readable(expected)}, got {value!r}.")
         if type(value) is int and "float" in _options(expected):
             node[key] = float(value)  # 1 and 1.0 are the same run
+
+
+@functools.cache
+def _parameters_of(target: str) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(get_object(target)).parameters
 
 
 def _accepts(annotation: Any, value: Any) -> bool:

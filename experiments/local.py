@@ -33,18 +33,14 @@ class _Started:
     output: Path
 
 
-def show_plan(configs: list[Config], jobs: int) -> None:
-    """Print every run with its state; nothing is made or started."""
-    states = Counter()
-    for config in configs:
-        folder = folder_of(config)
-        state = state_of(folder)
-        states[state] += 1
+def show_plan(states: dict[Path, str], jobs: int) -> None:
+    """Print every run folder with its state; nothing is made or started."""
+    for folder, state in states.items():
         checkpoint = newest(folder / "checkpoints")
         detail = f" (step {step_of(checkpoint)})" if state == "resumable" else ""
         print(f"{state:>9}{detail}  {relative(folder)}")
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
-    print(f"{len(configs)} runs: {counts}. --local would train them here, {jobs} at a time.")
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(Counter(states.values()).items()))
+    print(f"{len(states)} runs: {counts}. --local would train them here, {jobs} at a time.")
 
 
 def run_grid(experiment: str, configs: list[Config], jobs: int) -> int:

@@ -40,7 +40,8 @@ import yaml
 from experiments.errors import EXIT_BUSY, EXIT_TRY_AGAIN, UserError
 from experiments.training.failures import LINES, record
 from experiments.training.files import read_json, write_json
-from experiments.training.place import node_name, place_of_this_rank, slurm_start
+from experiments.training.lease import describe, highest, is_held
+from experiments.training.place import job_id, node_name, place_of_this_rank, slurm_start
 from slurm import ledger
 from slurm.memory import oom_kills
 from slurm.queue import seconds_left
@@ -50,6 +51,7 @@ _POLL = 0.1  # seconds
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _PATIENCE = 120.0  # seconds that a run waits for a process elsewhere that seems to train it
 _MARGIN = 30.0  # seconds between the runs' deadline and the job's end
+_LATEST_NOTICE = 90.0  # seconds by which Slurm's notice may come before its time
 _NO_MEMORY = "for lack of the job's memory (more: cluster.memory_gb)"
 _ELSEWHERE = ("node", "peer")  # kinds of failure that a requeue may cure
 
@@ -87,7 +89,7 @@ class _Outcome:
     done: list[Path] = field(default_factory=list)  # finished, failed, cancelled or somebody else's
     failed: list[Path] = field(default_factory=list)
     left: list[Path] = field(default_factory=list)  # to be continued in the job's next start
-    bad_node: bool = False
+    bad_nodes: set[str] = field(default_factory=set)
 
 
 class Supervisor:
@@ -118,6 +120,7 @@ class Supervisor:
         self._end: float | None = None
         self._staging = False
         self._oom_kills = oom_kills()
+        self._killed_code = 0  # of a rank other than the first
 
     # -- the whole ----------------------------------------------------------------------
 
@@ -129,22 +132,58 @@ class Supervisor:
             first 0, or 128 + the signal that killed their training process.
         """
         with self._listening(), ExitStack() as held:
-            self._end = self._job_end()
-            waiting = self._agreed_runs()
-            self._say(f"{len(waiting)} of {len(self._folders)} runs to train on {node_name()}, rank {self._rank}")
+            waiting: list[Path] = []
             try:
+                self._show_life()
+                self._end = self._job_end()
+                waiting += self._agreed_runs()
+                self._say(f"{len(waiting)} of {len(self._folders)} runs to train on {node_name()}, rank {self._rank}")
                 self._stage(waiting, held)
                 self._supervise(waiting)
             except _StoppedError:
                 self._outcome.left += waiting
             except UserError as error:
-                for folder in waiting:
-                    self._fail(folder, error.kind if error.kind != "input" else "data", str(error))
-        return self._exit_code()
+                self._give_up_here(waiting, error)
+            except OSError as error:  # a shared file system that fails for a moment: start again
+                self._say(f"stopped by {type(error).__name__}: {error}")
+                self._end_children()
+                self._outcome.left += waiting
+            return self._exit_code()
+
+    def _show_life(self) -> None:
+        """For the batch script: this job came to life, so what goes wrong from here on is known here."""
+        if self._start:
+            path = self._submission / "started" / f"{job_id()}-{self._start['restart']}"
+            path.parent.mkdir(exist_ok=True)
+            path.touch()
+
+    def _give_up_here(self, folders: list[Path], error: UserError, attempt: Path | None = None) -> None:
+        """The data cannot be had on this node, or the ranks did not find each other: other nodes may do."""
+        for folder in folders:
+            if error.kind == "data" and not self._start:
+                self._fail(folder, "data", str(error))
+            elif self._rank > 0:
+                with suppress(OSError):  # for the first rank to read
+                    record(folder, "node", str(error))
+            else:
+                with suppress(OSError, UserError):
+                    ledger.end_attempt(attempt or ledger.begin_attempt(folder, **self._said()), "node", str(error))
+                if not self._is_fruitless(folder):
+                    self._outcome.left.append(folder)
+                    self._outcome.bad_nodes.add(node_name())
+
+    def _end_children(self) -> None:
+        """Let every run save and leave, and continue it in the job's next start."""
+        for child in self._children:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                child.process.send_signal(signal.SIGUSR2)
+                child.process.wait(_MARGIN)
+            self._outcome.left.append(child.folder)
 
     def _supervise(self, waiting: list[Path]) -> None:
         while waiting or self._children:
-            if self._stopping or self._time_is_up():
+            self._stopping |= self._time_is_up()
+            if self._stopping:
                 self._outcome.left += waiting
                 waiting.clear()
             while waiting and len(self._children) < self._slots:
@@ -166,10 +205,10 @@ class Supervisor:
             for folder in left:
                 self._fail(folder, "requeues", f"the budget of {budget} requeues is used up; retry gives it a new one")
             left = []
-        if left and outcome.bad_node and self._start:
-            with suppress(OSError), open(self._submission / f"exclude-{self._start['job']}", "a") as file:
-                file.write(node_name() + "\n")
-        finished = sum((folder / "result.json").exists() for folder in self._folders)
+        if left and outcome.bad_nodes and self._start:
+            with suppress(OSError), open(self._submission / f"exclude-{job_id()}", "a") as file:
+                file.writelines(f"{node}\n" for node in sorted(outcome.bad_nodes))
+        finished = sum(map(_is_finished, self._folders))
         self._say(f"{finished} of {len(self._folders)} runs finished, {len(outcome.failed)} failed, {len(left)} left")
         if left:
             return EXIT_TRY_AGAIN
@@ -204,7 +243,7 @@ class Supervisor:
     def _runs_to_train(self) -> list[Path]:
         runs = []
         for folder in self._folders:
-            if (folder / "result.json").exists():
+            if _is_finished(folder):
                 self._release(folder, "finished")
             elif not ledger.is_claimed_by(folder, self._submission.name):
                 self._say(f"{folder.name}: not ours any more")
@@ -229,7 +268,7 @@ class Supervisor:
         return True
 
     def _is_cancelled(self, folder: Path) -> bool:
-        return (folder / "cancelled").exists()
+        return os.path.exists(folder / "cancelled")  # which, unlike Path.exists, forgives a file system that fails
 
     # -- one run ------------------------------------------------------------------------
 
@@ -238,11 +277,8 @@ class Supervisor:
         slot = next(slot for slot in range(self._slots) if slot not in taken)
         attempt = None
         if self._rank == 0:
-            said = self._start | {"node": node_name(), "submission": self._submission.name}
-            if "SLURM_ARRAY_TASK_ID" in os.environ:
-                said["job"] = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
             try:
-                attempt = ledger.begin_attempt(folder, **said)
+                attempt = ledger.begin_attempt(folder, **self._said())
                 output = open(folder / "output.txt", "ab")  # noqa: SIM115
             except (UserError, OSError) as error:  # this run's trouble alone
                 self._fail(folder, "disk", str(error))
@@ -250,16 +286,26 @@ class Supervisor:
             self._say(f"{folder.name}: started at step {ledger.last_step(folder)}")
         else:
             output = open(os.devnull, "ab")  # noqa: SIM115
-        with output:
-            process = subprocess.Popen(
-                self._command(folder),
-                cwd=self._cwd,
-                env=self._environment(slot),
-                stdout=output if self._rank == 0 else None,
-                stderr=subprocess.STDOUT if self._rank == 0 else None,
-                preexec_fn=_deaf_until_ready,
-            )
+        try:
+            with output:
+                process = subprocess.Popen(
+                    self._command(folder),
+                    cwd=self._cwd,
+                    env=self._environment(slot),
+                    stdout=output if self._rank == 0 else None,
+                    stderr=subprocess.STDOUT if self._rank == 0 else None,
+                    preexec_fn=_deaf_until_ready,
+                )
+        except OSError as error:  # the folder it is started from, or the interpreter, is not on this node
+            reason = f"{error.strerror}: {error.filename}; is this folder shared with {node_name()}?"
+            self._give_up_here([folder], UserError(reason, "node"), attempt)
+            return
         self._children.append(_Child(folder, process, slot, attempt))
+
+    def _said(self) -> dict:
+        """Where this is, for the note of an attempt."""
+        start = self._start | {"job": job_id()} if self._start else {}
+        return start | {"node": node_name(), "submission": self._submission.name}
 
     def _command(self, folder: Path) -> list[str]:
         script = self._submission / "code" / "experiments" / f"{self._experiment}.py"
@@ -267,7 +313,7 @@ class Supervisor:
         if self._start:
             settings["on_term"] = "save"
         if self._end is not None:
-            settings["deadline_minutes"] = round((self._end - _MARGIN - time.monotonic()) / 60, 3)
+            settings["deadline_at"] = round(time.time() + self._end - _MARGIN - time.monotonic(), 1)
         if folder in self._copies:
             settings["data_copy"] = f"'{self._copies[folder]}'"
         return [
@@ -291,20 +337,21 @@ class Supervisor:
             self._killed_code = 128 - code if code < 0 else 0
             return False
         failure = read_json(folder / "failure.json")
-        if (folder / "result.json").exists():
+        if _is_finished(folder):
             return self._note(child, "finished")
         if self._is_cancelled(folder):
             return self._note(child, "cancelled", "by a person")
         if code == EXIT_TRY_AGAIN:
             self._stopping = True  # told to by a signal, or by the deadline that holds for all
             self._outcome.left.append(folder)
-            return self._note(child, "stopped", _last_line(folder), release=False)
-        if code == EXIT_BUSY:
-            return self._note(child, "busy", _last_line(folder), release=False)
+            return self._note(child, self._why_stopped(), _last_line(folder), release=False)
+        if code == EXIT_BUSY or (code > 0 and is_held(folder)):  # a newer copy of this job trains it
+            holder = read_json(highest(folder / "lease")[1] or folder)
+            return self._note(child, "busy", f"trained by {describe(holder)}", release=False)
         if failure.get("kind") in _ELSEWHERE:
             return self._try_elsewhere(child, failure)
         if code < 0:
-            return self._try_again(child, f"killed by {signal.Signals(-code).name}")
+            return self._try_again(child, f"killed by {_signal_name(-code)}")
         if not failure:
             lines = _tail(folder / "output.txt", LINES)
             failure = {"kind": "code", "reason": f"exit code {code}: {lines[-1] if lines else 'no output'}"}
@@ -312,6 +359,13 @@ class Supervisor:
                 record(folder, **failure, lines=lines)
         self._outcome.failed.append(folder)
         return self._note(child, "failed", f"{failure['kind']}: {failure['reason']}")
+
+    def _why_stopped(self) -> str:
+        """Timed out near the job's end, else preempted; without such an end just stopped."""
+        if self._end is None:
+            return "stopped"
+        notice = self._cluster["signal_seconds"] + _LATEST_NOTICE
+        return "timed out" if self._end - time.monotonic() < notice else "preempted"
 
     def _note(self, child: _Child, outcome: str, reason: str = "", release: bool = True) -> bool:
         with suppress(OSError):  # what cannot be noted shall stop no other run
@@ -335,12 +389,17 @@ class Supervisor:
         return True
 
     def _try_elsewhere(self, child: _Child, failure: dict) -> bool:
+        reason = f"{failure['kind']}: {failure['reason']}"
+        if not self._start:  # there is no elsewhere
+            self._outcome.failed.append(child.folder)
+            return self._note(child, "failed", reason)
         with suppress(OSError):
             (child.folder / "failure.json").unlink(missing_ok=True)
-        self._note(child, "node", f"{failure['kind']}: {failure['reason']}", release=False)
+        self._note(child, "node", reason, release=False)
         if not self._is_fruitless(child.folder):
             self._outcome.left.append(child.folder)
-            self._outcome.bad_node |= failure["kind"] == "node"
+            if failure["kind"] == "node":
+                self._outcome.bad_nodes.add(failure.get("host") or node_name())
         return False
 
     def _fail(self, folder: Path, kind: str, reason: str) -> None:
@@ -364,8 +423,8 @@ class Supervisor:
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # those of submitit would requeue the job themselves
+                signal.signal(number, signal.SIG_IGN if self._start else handler)
 
     def _hear(self, number: int, _frame: object) -> None:
         self._told.append(number)
@@ -390,7 +449,7 @@ class Supervisor:
         """When Slurm will end this job, on the monotonic clock."""
         if not self._start:
             return None
-        left = seconds_left(self._start["job"])
+        left = seconds_left(job_id())
         return time.monotonic() + (60 * self._cluster["timeout_minutes"] if left is None else left)
 
     def _time_is_up(self) -> bool:
@@ -405,30 +464,31 @@ class Supervisor:
         local = _expanded(self._cluster["stage_to"])
         copies: dict[Path, Path] = {}
         self._staging = True
-        if signal.SIGUSR2 in self._told:
-            raise _StoppedError
-        for folder in folders:
-            source = self._source(folder)
-            if source is None:
-                continue
-            if source not in copies:
-                copies[source] = held.enter_context(
-                    staged(source, local, self._cluster["stage_keep_hours"], report=self._say)
-                )
-            self._copies[folder] = copies[source]
-        self._staging = False
+        try:
+            if signal.SIGUSR2 in self._told:
+                raise _StoppedError
+            for folder in folders:
+                source = self._source(folder)
+                if source is None:
+                    continue
+                if source not in copies:
+                    copies[source] = held.enter_context(
+                        staged(source, local, self._cluster["stage_keep_hours"], report=self._say)
+                    )
+                self._copies[folder] = copies[source]
+        finally:
+            self._staging = False
 
     def _source(self, folder: Path) -> Path | None:
         """What to copy for a run; small data sets in ``data_dir`` are read once and stay where they are."""
         if self._cluster["stage_from"] is not None:
             return _expanded(self._cluster["stage_from"])
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        root = config["data"].get("root")
-        if root is None or root == config["runtime"]["data_dir"]:
-            return None
-        return Path(self._cwd, root)
-
-    _killed_code = 0  # of a rank other than the first
+        try:
+            config = yaml.safe_load((folder / "config.yaml").read_text())
+            root, data_dir = config["data"].get("root"), config["runtime"]["data_dir"]
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
+            return None  # the run itself will say what is wrong
+        return None if root is None or root == data_dir else Path(self._cwd, root)
 
     def _say(self, sentence: str) -> None:
         with suppress(OSError):  # the log may be on a full disk
@@ -445,6 +505,17 @@ def _deaf_until_ready() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGUSR2)
+
+
+def _is_finished(folder: Path) -> bool:
+    return os.path.exists(folder / "result.json")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def _expanded(text: str) -> Path:

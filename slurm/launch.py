@@ -36,6 +36,8 @@ from slurm.cost import describe_cost
 from slurm.job import Job
 from slurm.profile import Cluster, Scheduler, from_tree, to_tree
 
+_ME = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"  # as in place.job_id
+_STILLBORN = 3  # starts of a job whose process did not even begin
 _MAX_ARRAY_SIZE = 1000  # where Slurm does not say; its own default is 1001
 _DEAF = """sh -c 'trap "" USR2 TERM; exec "$@"' sh"""  # until its handlers are there, no signal ends python
 
@@ -269,8 +271,12 @@ class _Submission:
             jobs = [Job(str(self._folder), number, index) for index in range(len(part.jobs))]
             try:
                 with _clean_environment(self._folder / "code"):
-                    executor = self._local_executor(part) if local else self._slurm_executor(part, number, throttle)
-                    queued = executor.submit_array(jobs)
+                    if local:
+                        executor = self._local_executor(part)
+                        with _output_into(self._folder / "jobs.log"):
+                            queued = executor.submit_array(jobs)
+                    else:
+                        queued = self._slurm_executor(part, number, throttle).submit_array(jobs)
             except (FailedJobError, FailedSubmissionError, OSError) as error:
                 raise UserError(
                     f"expected the queue to take {len(jobs)} jobs, got: {_what_sbatch_said(error)}; "
@@ -295,7 +301,7 @@ class _Submission:
                 "expected runs of one rank for cluster=local, got more; torchrun --nproc-per-node N trains one run on "
                 "several GPUs, runtime.gpus=1 on one with gradient accumulation."
             )
-        python = shlex.quote(self._cluster.python or sys.executable)
+        python = _interpreter(self._cluster)
         executor = submitit.LocalExecutor(self._folder / "jobs", python=python)
         visible = [int(gpu) for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu.isdigit()]
         visible = visible or [int(path.name[6:]) for path in Path("/dev").glob("nvidia[0-9]*")]
@@ -307,7 +313,7 @@ class _Submission:
     # -- the batch script -----------------------------------------------------------------
 
     def _python(self) -> str:
-        words = [self._cluster.container, _DEAF, shlex.quote(self._cluster.python or sys.executable)]
+        words = [self._cluster.container, _DEAF, _interpreter(self._cluster)]
         return " ".join(word for word in words if word)
 
     def _parameters(self, shape: Shape, job_name: str, throttle: int) -> dict:
@@ -340,13 +346,13 @@ class _Submission:
 
     def _setup(self) -> list[str]:
         code, jobs = shlex.quote(str(self._folder / "code")), shlex.quote(str(self._folder / "jobs"))
-        job = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
         return [
             "trap '' USR2 TERM",
-            f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
             # What an attempt that was killed while submitit was saving has left would stop the next one.
-            f'rm -f {jobs}/"{job}"_*.save_tmp',
+            f'rm -f {jobs}/"{_ME}"_*.save_tmp',
             *self._cluster.setup,
+            "set +e",
+            f'export PYTHONPATH={code}"${{PYTHONPATH:+:$PYTHONPATH}}"',
         ]
 
     def sbatch_text(self, part: Part, folder: Path) -> str:
@@ -373,24 +379,35 @@ def _teardown(budget: int, folder: Path, excluded: str | None) -> list[str]:
     Exit code 75 is the job's own wish; above 128 a signal has ended its process. Slurm may
     have requeued the job itself meanwhile (then its count of restarts has grown), or a person
     may have cancelled it; else the request is repeated until the controller takes it. Nodes
-    that were found faulty are excluded besides those that the profile excludes.
+    that were found faulty are excluded besides those that the profile excludes. A job that
+    ended before its own process began (no interpreter, no container, no shared folder on this
+    node) is tried on other nodes, a few times.
+
+    All requests name one element of the array; see ``place.job_id``.
     """
     before = shlex.quote(f"{excluded},") if excluded else ""
-    exclude = f'{shlex.quote(str(folder))}/"exclude-$SLURM_JOB_ID"'
+    here = shlex.quote(str(folder))
+    exclude = f'{here}/"exclude-$me"'
     return [
         "rc=$?",
-        "started=${SLURM_RESTART_COUNT:-0}",
-        f'if [ "$rc" -eq 75 ] || [ "$rc" -gt 128 ] && [ "$started" -lt {budget} ]; then',
+        f'me="{_ME}" started=${{SLURM_RESTART_COUNT:-0}} again=no',
+        f'if [ "$rc" -eq 75 ] || [ "$rc" -gt 128 ] && [ "$started" -lt {budget} ]; then again=yes; fi',
+        f'if [ "$rc" -ne 0 ] && [ ! -e {here}/started/"$me-$started" ]; then  # the job did not even begin',
+        f'  echo "$SLURMD_NODENAME" >> {exclude}',
+        f'  again=no; if [ "$started" -lt {min(budget, _STILLBORN)} ]; then again=yes; fi',
+        "fi",
+        'if [ "$again" = yes ]; then',
         "  for try in $(seq 240); do",
-        '    job=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null)',
+        '    job=$(scontrol show job --oneliner "$me" 2>/dev/null)',
+        '    if [ -z "$job" ]; then sleep 5; continue; fi',
         '    case "$job" in *JobState=CANCELLED*) break ;; esac',
         """    restarts=$(printf '%s' "$job" | sed -n 's/.* Restarts=\\([0-9]*\\).*/\\1/p')""",
         '    [ -n "$restarts" ] && [ "$restarts" -ne "$started" ] && break',
-        '    scontrol requeue "$SLURM_JOB_ID" && break',
+        '    scontrol requeue "$me" && break',
         "    sleep 5",
         "  done",
         f"  if [ -s {exclude} ]; then",
-        f'    scontrol update JobId="$SLURM_JOB_ID" ExcNodeList={before}"$(sort -u {exclude} | paste -sd, -)"',
+        f'    scontrol update JobId="$me" ExcNodeList={before}"$(sort -u {exclude} | paste -sd, -)"',
         "  fi",
         "  sleep 120  # Slurm ends this script when it requeues the job",
         "fi",
@@ -401,10 +418,16 @@ def _teardown(budget: int, folder: Path, excluded: str | None) -> list[str]:
 # -- the plan ---------------------------------------------------------------------------
 
 
-def show_plan(experiment: str, configs: list[Config], cluster: Cluster) -> None:
+def states_of(configs: list[Config]) -> dict[Path, str]:
+    """{run folder: state}, in the order of the plan; the queue is asked as well."""
+    folders = [folder_of(config) for config in configs]
+    return {entry.folder: entry.state for entry in ledger.entries(folders[0].parents[1], folders=folders)}
+
+
+def show_plan(experiment: str, configs: list[Config], states: dict[Path, str], cluster: Cluster) -> None:
     """What ``--submit`` would do: jobs, cost and the batch script; nothing is made."""
-    folders = {folder_of(config).absolute(): config for config in configs}
-    wanted = {f: config for f, config in folders.items() if state_of(f) in ("resumable", "missing")}
+    folders = {folder_of(config): config for config in configs}
+    wanted = {f.absolute(): c for f, c in folders.items() if states[f] in ("resumable", "missing")}
     if not wanted:
         print("--submit would submit nothing.")
         return
@@ -444,6 +467,28 @@ def _clean_environment(code: Path) -> Iterator[None]:
         signal.signal(signal.SIGHUP, hangup)
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _output_into(path: Path) -> Iterator[None]:
+    """What is started meanwhile writes into a file: whoever reads our output to its end need not wait for it."""
+    kept = [os.dup(number) for number in range(3)]
+    null, file = os.open(os.devnull, os.O_RDONLY), os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    sys.stdout.flush()
+    try:
+        for number, other in enumerate((null, file, file)):
+            os.dup2(other, number)
+        yield
+    finally:
+        for number, other in enumerate(kept):
+            os.dup2(other, number)
+        for other in (*kept, null, file):
+            os.close(other)
+
+
+def _interpreter(cluster: Cluster) -> str:
+    """Python as a word of a shell line."""
+    return shlex.quote(os.path.expanduser(cluster.python or sys.executable))
 
 
 def _what_sbatch_said(error: BaseException) -> str:

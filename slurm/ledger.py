@@ -219,7 +219,7 @@ def amend_claim(folder: Path, submission: str, **changes: object) -> None:
     """Add to this submission's claim, if it is still the one that counts."""
     path = newest_claim(folder)
     said = read_json(path) if path else {}
-    if said.get("submission") == submission:
+    if said.get("submission") == submission and said | changes != said:
         write_atomically(path, json.dumps(said | changes).encode(), durable=False)
 
 
@@ -253,14 +253,11 @@ def begin_attempt(folder: Path, **said: object) -> Path:
 
 def end_attempt(path: Path, outcome: str, reason: str = "") -> None:
     """Note how an attempt ended; without this note, it was cut off."""
-    folder = path.parents[1]
-    said = read_json(path) | {
-        "ended": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "outcome": outcome,
-        "reason": reason,
-        "reached_step": read_json(folder / "progress.json").get("step"),
-        "saved_step": last_step(folder),
-    }
+    folder, said = path.parents[1], read_json(path)
+    if "outcome" not in said:  # else a later attempt has noted that this one was cut off, and has gone on since
+        said["reached_step"] = read_json(folder / "progress.json").get("step")
+        said["saved_step"] = last_step(folder)
+    said |= {"ended": time.strftime("%Y-%m-%d %H:%M:%S"), "outcome": outcome, "reason": reason}
     write_json(path, said, durable=False)
 
 
@@ -271,13 +268,13 @@ def attempts(folder: Path) -> list[dict]:
 
 
 def fruitless(folder: Path, submission: str) -> int:
-    """How many attempts in a row were cut off or killed and began where the next one would begin.
+    """How many attempts in a row were stopped, cut off or killed and began where the next one would begin.
 
     Only those of one submission count: a person who submits again has a reason to.
     """
     here, count = last_step(folder), 0
     for attempt in reversed(attempts(folder)):
-        cut_off = attempt.get("outcome") in (None, "cut off", "killed", "node")
+        cut_off = attempt.get("outcome") not in ("finished", "failed", "cancelled", "busy")
         if not cut_off or attempt.get("from_step") != here or attempt.get("submission") != submission:
             break
         count += 1

@@ -72,8 +72,9 @@ def check(
     notes += _check_runs(runs, cluster, say)
     notes += _check_staging(cluster, say)
     notes += _check_code(cluster, code or ROOT, say)
-    for config in {(c.data["_target_"], c.data.get("root")): c for c in configs}.values():
-        _check_data(config, say)
+    if cluster.stage_from is None:  # else the runs read what is staged from there
+        for config in {(c.data["_target_"], c.data.get("root")): c for c in configs}.values():
+            _check_data(config, say)
     return notes
 
 
@@ -224,13 +225,15 @@ def _check_staging(cluster: Cluster, say: _Say) -> list[str]:
 
 def _check_code(cluster: Cluster, code: Path, say: _Say) -> list[str]:
     """Import what a job imports, in the shell, container and interpreter of a job."""
-    python = cluster.python or shlex.quote(sys.executable)
+    python = shlex.quote(os.path.expanduser(cluster.python or sys.executable))
     start = f"{cluster.container} {python}".strip()
     parts = [
         f'{line}\n_code=$?; [ $_code -eq 0 ] || {{ echo "{_SETUP_FAILED} {number} $_code" >&2; exit 1; }}'
         for number, line in enumerate(cluster.setup)
     ]
-    status, errors = _shell("\n".join([*parts, f"{start} -c {shlex.quote(_IMPORT)}"]), code)
+    path = f'export PYTHONPATH={shlex.quote(str(code))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    # Elsewhere than in the code, whose folder would be searched without PYTHONPATH.
+    status, errors = _shell("\n".join([*parts, "set +e", path, "cd /", f"{start} -c {shlex.quote(_IMPORT)}"]))
     lines = [line for line in errors.strip().splitlines() if line.strip()]
     if status == 0:
         say(f"{start} imports the code in {code}")
@@ -256,12 +259,11 @@ def _check_code(cluster: Cluster, code: Path, say: _Say) -> list[str]:
     )
 
 
-def _shell(script: str, folder: Path) -> tuple[int | None, str]:
+def _shell(script: str) -> tuple[int | None, str]:
     """Exit code and errors of a script; None if it took too long."""
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors:  # a pipe may be held open
         process = subprocess.Popen(
             ["bash", "-c", script],
-            cwd=folder,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=errors,

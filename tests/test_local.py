@@ -132,6 +132,8 @@ def test_resume_continues_exactly_that_folder(tmp_path):
     assert run_folders(tmp_path) == [folder]
 
 
-def test_submit_says_that_it_is_not_there_yet(capsys):
-    assert quickstart("--submit") == 2
-    assert "use --local or --dry-run" in capsys.readouterr().err
+def test_submit_without_slurm_says_what_to_do_instead(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "")
+    assert quickstart("--submit", f"runtime.runs={tmp_path / 'runs'}") == 2
+    assert "or give cluster=local" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()

@@ -298,5 +298,7 @@ class Heartbeat:
             except SupersededError as error:
                 self._lost(str(error))
                 return
+            except OSError:  # a file system that fails for a moment: the next beat may reach it
+                continue
             with suppress(OSError):  # a full disk is the checkpoint's to report
                 self._tell()

@@ -98,7 +98,7 @@ class RunLog:
         self._flushed = time.monotonic()
         try:
             self.guard()
-        except SupersededError:
+        except (SupersededError, OSError):  # not ours, or not to be asked just now
             return False
         self._write()
         return True

@@ -26,6 +26,16 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
+def job_id() -> str:
+    """This Slurm job as its commands name it: 12, or 12_3 for an element of an array.
+
+    SLURM_JOB_ID alone does not do: of one element of each array it is the array's own number,
+    and commands take that for all its elements.
+    """
+    array, element = (os.environ.get(f"SLURM_ARRAY_{name}") for name in ("JOB_ID", "TASK_ID"))
+    return os.environ.get("SLURM_JOB_ID", "") if array is None or element is None else f"{array}_{element}"
+
+
 def slurm_start() -> dict:
     """{"job": id, "restart": how often it was started again}; {} outside a Slurm job."""
     job = os.environ.get("SLURM_JOB_ID")

@@ -22,7 +22,7 @@ from experiments.training.datasets import ImageData, fingerprint
 from experiments.training.diagnosis import record_error
 from experiments.training.files import remove_leftovers, write_json
 from experiments.training.folder import folder_of, prepare_folder, result_of
-from experiments.training.lease import Heartbeat, Lease, is_held, take
+from experiments.training.lease import Heartbeat, Lease, SupersededError, is_held, take
 from experiments.training.log import RunLog, lost_events
 from experiments.training.loop import StoppedError, Trainer, total_steps
 from experiments.training.optim import build_optimizer
@@ -52,8 +52,7 @@ def run(config: Config) -> dict:
         TrainingFailedError: no use to go on; ``failure.json`` says why.
     """
     runtime = config.runtime
-    deadline = None if runtime.deadline_minutes is None else 60 * runtime.deadline_minutes
-    stop = StopRequest(deadline, on_term=runtime.on_term)
+    stop = StopRequest(_seconds_to_deadline(config), on_term=runtime.on_term)
     folder = folder_of(config)
     finished = result_of(folder)
     if finished is not None:
@@ -63,11 +62,19 @@ def run(config: Config) -> dict:
         ranks = held.enter_context(joined_ranks(device, folder.parent / "slurm"))
         desk = _Desk(config, folder, held, stop)
         finished = ranks.agree(desk.open)
-        ours.append(True)
+        ours.append(desk)
         if finished is not None:
             return finished
         with _settings(config), _disk_named(folder):
             return _train(config, folder, device, ranks, stop, desk)
+
+
+def _seconds_to_deadline(config: Config) -> float | None:
+    runtime = config.runtime
+    ends = [] if runtime.deadline_minutes is None else [60 * runtime.deadline_minutes]
+    if runtime.deadline_at is not None:
+        ends.append(runtime.deadline_at - time.time())
+    return min(ends, default=None)
 
 
 class _Desk:
@@ -95,6 +102,17 @@ class _Desk:
             (folder / "failure.json").unlink(missing_ok=True)
             prepare_folder(self._config)
         return finished
+
+    def is_ours(self) -> bool:
+        """Whether no newer process has taken the run; other ranks than the first cannot tell."""
+        try:
+            if self.lease is not None:
+                self.lease.check()
+        except SupersededError:
+            return False
+        except OSError:
+            pass
+        return True
 
     def write(self, name: str, content: dict) -> None:
         """Write a JSON file into the folder, if the run is still ours."""
@@ -302,18 +320,18 @@ def _settings(config: Config) -> Iterator[None]:
 
 
 @contextmanager
-def _failure_recorded(folder: Path) -> Iterator[list[bool]]:
+def _failure_recorded(folder: Path) -> Iterator[list[_Desk]]:
     """``failure.json`` says why a run failed, until it is started again.
 
-    Gives a list to put something into once the run is known to be ours.
+    Gives a list to put the desk into once it has taken the run.
     """
-    ours: list[bool] = []
+    ours: list[_Desk] = []
     try:
         yield ours
     except (StoppedError, RunBusyError):
         raise
     except Exception as error:
-        if folder.is_dir() and (ours or not is_held(folder)):
+        if folder.is_dir() and (ours[0].is_ours() if ours else not is_held(folder)):
             with suppress(OSError):
                 record_error(folder, error, first=place_of_this_rank()[0] == 0)
         if isinstance(error, NonFiniteError):

@@ -1,0 +1,478 @@
+"""Whatever happens to its job, a run ends with the same bytes and the same table, or can be retried.
+
+On a real Slurm of this machine. Every test has a cluster of its own, sends it one run by
+``quickstart.py --submit``, lets something happen in the middle, and compares the end with an
+undisturbed run: weights, metrics, every TensorBoard point but times, the whole last
+checkpoint, the table. `pytest -m slow tests/test_slurm_events.py -n 4`: mostly waiting.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from dataclasses import dataclass, field
+
+import pytest
+from PIL import Image
+
+from experiments import cli
+from slurm import launch, preflight
+from tests.slurm_cluster import make_cluster, needs_slurm  # noqa: F401
+from tests.slurm_events import SETTINGS, Submitted, contents, words
+from tests.test_resume import Machine, assert_equal_trees, last_checkpoint, only_run, points, table
+
+pytestmark = needs_slurm
+EVERY = 10  # steps between checkpoints where an event leaves no time to save
+NEVER = 10**6
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The folder of runs in which the same run was trained without any interruption, made once per variant."""
+    made = {}
+
+    def runs(ranks, settings):
+        key = (ranks, *words(settings))
+        if key not in made:
+            home = tmp_path_factory.mktemp("undisturbed")
+            arguments = words(SETTINGS | {"runtime.progress": "false"} | settings)
+            if ranks == 1:
+                assert cli.main("quickstart", "", "", [*arguments, f"runtime.runs={home}"]) == 0
+            else:
+                machine = Machine(home.parent)
+                assert machine.start(arguments, runs=home, ranks=ranks) == [0] * ranks, machine.output()
+                machine.server.stdin.close()
+                machine.server.wait()
+            made[key] = home
+        return made[key]
+
+    return runs
+
+
+@pytest.fixture
+def submit(make_cluster, tmp_path, monkeypatch):  # noqa: F811
+    """Starts a cluster and submits a run to it; what it did is shown when the test fails."""
+    started = []
+    # It imports torch once more for every submission; test_slurm_preflight.py is about that.
+    monkeypatch.setattr(preflight, "_check_code", lambda *_: [])
+
+    def start(ranks=1, bed=None, profile=None, brake=0.25, **settings):
+        cluster = make_cluster(**({"nodes": ranks + 1, "gpus": 0} | (bed or {})))
+        for key in [key for key in os.environ if key not in cluster.environment]:
+            monkeypatch.delenv(key)
+        for key in ("SLURM_CONF", "PATH"):
+            monkeypatch.setenv(key, cluster.environment[key])
+        started.append(Submitted(cluster, tmp_path, ranks, settings, dict(profile or {}), brake))
+        return started[-1]
+
+    yield start
+    for run in started:
+        print(run.bed.run("squeue", "-r", "-t", "all", check=False), run.output(), sep="\n")
+
+
+@pytest.fixture
+def check(undisturbed, capsys):
+    """Compares a finished run with an undisturbed one and reports what the event has cost."""
+
+    def compare(run, event):
+        settings = {key: value for key, value in run.settings.items() if not key.startswith("runtime.")}
+        reference = undisturbed(run.ranks, settings)
+        mine, its = run.folder, only_run(reference)
+        assert mine.name == its.name
+        assert points(mine) == points(its)
+        results = [json.loads((folder / "result.json").read_text()) for folder in (mine, its)]
+        for key in ("weights_sha256", "metrics", "config_hash", "steps"):
+            assert results[0][key] == results[1][key]
+        states = [last_checkpoint(folder) for folder in (mine, its)]
+        for key in ("model", "optimizer", "ema", "scaler"):
+            assert_equal_trees(states[0][key], states[1][key])
+        assert table(run.runs, capsys) == table(reference, capsys)
+        assert not list((mine / "checkpoints").glob("*.tmp"))
+        assert not run.failure()
+        assert all(len(steps) == 1 for steps in run.steps_of_starts()), "all ranks begin at the same step"
+        run.report(event)
+
+    return compare
+
+
+# -- events after which the job is started again ------------------------------------------
+
+
+def usr2(run):
+    run.send("USR2")
+
+
+def usr2_twice(run):
+    run.send("USR2", "USR2")
+
+
+def term_usr2(run):
+    run.send("TERM", "USR2")
+
+
+def requeue(run):
+    run.bed.run("scontrol", "requeue", run.job)
+
+
+def preempt(run):
+    nodes = str(len(run.bed.nodes))
+    run.bed.run("sbatch", "-p", "high", "--exclusive", "-N", nodes, "-o", "/dev/null", "--wrap", "sleep 1")
+
+
+def kill_training(run, rank=0):
+    run.kill(run.training(rank))
+
+
+def kill_supervisor(run, rank=0):
+    run.kill(run.supervisors(rank))
+
+
+def kill_training_1(run):
+    kill_training(run, 1)
+
+
+def kill_supervisor_1(run):
+    kill_supervisor(run, 1)
+
+
+def set_node_down(run):
+    node = run.attempts()[0]["node"]
+    run.bed.run("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+
+
+def stop_slurmd(run):
+    """For good. Slurm ends the step on the other nodes, so the rank that lives on alone gives up."""
+    run.bed.stop_slurmd(run.attempts()[0]["node"])
+
+
+def stop_slurmd_for_a_while(run):
+    """Until its job has been given away."""
+    node = run.attempts()[0]["node"]
+    run.bed.stop_slurmd(node)
+    run.until(lambda: run.in_queue().restarts == 1, "a requeue")
+    run.bed.start_slurmd(node)
+
+
+def stale_file(run):
+    """What an attempt that was killed while submitit was saving leaves."""
+    (jobs,) = run.runs.glob("quickstart/slurm/*/jobs")
+    stale = jobs / f"{run.job}_submitted.pkl.save_tmp"
+    stale.touch()
+    usr2(run)
+    run.until_attempts(2)
+    assert not stale.exists()
+
+
+def stop_while_the_controller_is_away(run):
+    """srun itself waits for the controller then."""
+    run.save_controller()
+    run.bed.stop_slurmctld()
+    run.kill(run.supervisors() + run.training(), signal.SIGUSR2)
+    run.until(lambda: not run.supervisors(), "the supervisor's end")
+    run.bed.start_slurmctld()
+
+
+@dataclass
+class Event:
+    name: str
+    do: object
+    ranks: int = 1
+    saves: bool = True  # the run has notice and saves; else it goes back to the last checkpoint
+    bed: dict = field(default_factory=dict)
+    profile: dict = field(default_factory=dict)
+    settings: dict = field(default_factory=dict)
+    brake: float = 0.25
+    quick: bool = False  # for the default tests
+
+    def parameter(self):
+        name = self.name if self.ranks == 1 else f"{self.name}, {self.ranks} ranks"
+        return pytest.param(self, id=name, marks=() if self.quick else pytest.mark.slow)
+
+
+SLOWLY = 0.7  # half a minute passes until Slurm believes a node dead
+TERM_ONLY = {"user_signal": False}  # Slurm's default: preemption is announced by SIGTERM
+LOADER = {"data.in_memory": "false", "runtime.workers": 2}
+EVENTS = [
+    Event("USR2", usr2, quick=True),
+    Event("USR2 twice", usr2_twice),
+    Event("TERM, then USR2", term_usr2),
+    Event("USR2 with loader processes", usr2, settings=LOADER),
+    Event("USR2 where JobRequeue=0", usr2, bed={"job_requeue": False}),
+    Event("USR2 with a stale file of submitit", stale_file),
+    Event("USR2 while the controller is away", stop_while_the_controller_is_away),
+    Event("scontrol requeue", requeue),
+    Event("preemption, USR2", preempt),
+    Event("preemption, TERM only", preempt, bed=TERM_ONLY),
+    Event("preemption, GraceTime=0", preempt, profile={"partition": "abrupt"}),
+    Event("kill -9 of the training process", kill_training, saves=False, quick=True),
+    Event("kill -9 of the supervisor", kill_supervisor),
+    Event("node set down", set_node_down),
+    Event("slurmd dead for a while", stop_slurmd_for_a_while, saves=False, brake=SLOWLY),
+    Event("USR2", usr2, ranks=2),
+    Event("TERM, then USR2", term_usr2, ranks=2),
+    Event("scontrol requeue", requeue, ranks=2),
+    Event("preemption, TERM only", preempt, ranks=2, bed=TERM_ONLY),
+    Event("kill -9 of rank 0's training process", kill_training, ranks=2, saves=False),
+    Event("kill -9 of rank 1's training process", kill_training_1, ranks=2, saves=False),
+    Event("kill -9 of rank 0's supervisor", kill_supervisor, ranks=2),
+    Event("kill -9 of rank 1's supervisor", kill_supervisor_1, ranks=2),
+    Event("node of rank 0 set down", set_node_down, ranks=2),
+    Event("slurmd of rank 0 dead", stop_slurmd, ranks=2, saves=False, bed={"nodes": 4}, brake=SLOWLY),
+]
+
+
+@pytest.mark.parametrize("event", [event.parameter() for event in EVENTS])
+def test_a_disturbed_run_ends_as_if_undisturbed(event, submit, check):
+    every = {"runtime.checkpoint_steps": NEVER if event.saves else EVERY}
+    run = submit(event.ranks, event.bed, event.profile, event.brake, **event.settings, **every)
+    step = run.until_step(EVERY + 4)
+    event.do(run)
+    run.until_attempts(2)
+    run.until_finished()
+    begins = [attempt["from_step"] for attempt in run.attempts()]
+    assert len(begins) == 2
+    assert begins[1] >= (step if event.saves else EVERY)
+    check(run, event.name)
+
+
+# -- time ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_time_limit(submit, check, ranks):
+    """Slurm's own notice; it looks every 30 s, so that it comes between 70 and 100 s before the end."""
+    profile = {"timeout_minutes": 2, "signal_seconds": 70}
+    run = submit(ranks, profile=profile, brake=SLOWLY, **{"runtime.checkpoint_steps": NEVER})
+    run.until_attempts(2)
+    run.until_finished()
+    stopped, finished = run.attempts()
+    assert "SIGUSR2" in stopped["reason"]
+    assert finished["from_step"] == stopped["reached_step"] > 0
+    check(run, "time limit, Slurm's notice")
+
+
+@pytest.mark.slow
+def test_deadline(submit, check):
+    """Where the notice would come too late, the runs look at the clock themselves."""
+    profile = {"timeout_minutes": 1, "signal_seconds": 1}
+    run = submit(profile=profile, brake=SLOWLY, **{"runtime.checkpoint_steps": NEVER})
+    run.until_attempts(2)
+    run.until_finished()
+    stopped, finished = run.attempts()
+    assert "deadline" in stopped["reason"]
+    assert finished["from_step"] == stopped["reached_step"] > 0
+    check(run, "time limit without notice")
+
+
+# -- daemons ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_daemons_come_back_in_time(submit, check):
+    """Killed or ended, the controller and the node's daemon: the job does not notice."""
+    run = submit(**{"runtime.checkpoint_steps": NEVER})
+    run.until_step(5)
+    node = run.in_queue().node
+    run.save_controller()
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        run.bed.stop_slurmctld(number)
+        run.until_step(run.step() + 2)
+        run.bed.start_slurmctld()
+        run.bed.stop_slurmd(node, number)
+        run.until_step(run.step() + 2)
+        run.bed.start_slurmd(node)
+    run.until_finished()
+    assert len(run.attempts()) == 1
+    check(run, "daemons away for a moment")
+
+
+@pytest.mark.slow
+def test_two_live_copies(submit, check):
+    """The node's daemon dies and its job lives: Slurm starts a second copy, to which the first one gives way."""
+    run = submit(brake=SLOWLY, **{"runtime.checkpoint_steps": EVERY})
+    run.until_step(EVERY + 4)
+    (old,) = run.training()
+    run.bed.stop_slurmd(run.attempts()[0]["node"])
+    (new,) = run.until(lambda: [pid for pid in run.training() if pid != old], "a second copy")
+    assert old in run.training()
+    run.until(lambda: run.training() == [new], "the end of the first one")
+    run.until_finished()
+    old_one, new_one = run.attempts()
+    assert old_one["outcome"] == "busy"
+    assert f"trained by job {run.job} (start 2)" in old_one["reason"]
+    assert f"has been taken over by job {run.job} (start 2)" in run.output()
+    assert new_one["from_step"] >= EVERY
+    assert new_one["node"] != old_one["node"]
+    check(run, "slurmd dead, the job alive")
+
+
+@pytest.mark.slow
+def test_controller_dies_before_it_can_requeue(submit, check, tmp_path):
+    """The batch script asks until somebody hears it. Here its scontrol first waits until the controller is gone."""
+    real, script = shutil.which("scontrol"), tmp_path / "bin" / "scontrol"
+    script.parent.mkdir()
+    wait = f"while [ ! -e {tmp_path}/gone ]; do sleep 0.1; done"
+    script.write_text(f'#!/bin/sh\necho "$1" >> {tmp_path}/asked; {wait}\nexec {real} "$@"\n')
+    script.chmod(0o755)
+    profile = {"setup": [f"export PATH={script.parent}:$PATH"]}
+    run = submit(profile=profile, **{"runtime.checkpoint_steps": NEVER})
+    step = run.until_step(10)
+    run.save_controller()
+    run.send("USR2")
+    run.until((tmp_path / "asked").exists, "a question")
+    run.bed.stop_slurmctld()
+    (tmp_path / "gone").touch()
+    run.until(lambda: (tmp_path / "asked").read_text().split() == ["show", "requeue", "show"], "a second try")
+    run.bed.start_slurmctld()
+    run.until_attempts(2)
+    run.until_finished()
+    assert run.attempts()[1]["from_step"] >= step
+    check(run, "controller dies before the requeue")
+
+
+# -- the beginning ------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_signals_before_anybody_listens(submit, check, seed):
+    """At random moments of the job's first two seconds, at every one of three starts."""
+    draw = random.Random(seed)
+    run = submit(**{"runtime.checkpoint_steps": NEVER})
+    for start in range(3):
+        run.until(lambda start=start: run.in_queue()[1:3] == ("RUNNING", start), f"start {start}")
+        for _ in range(draw.randint(1, 3)):
+            time.sleep(draw.uniform(0, 0.7))
+            with_shell = draw.choice([[], ["--full"]])
+            run.bed.run("scancel", "--signal", draw.choice(["USR2", "USR2", "TERM"]), *with_shell, run.job, check=False)
+        run.until(lambda start=start: run.step() or run.in_queue().restarts > start, "a step or a requeue")
+        if run.step():
+            break
+    run.until_finished()
+    check(run, "signals in the first seconds")
+
+
+# -- the end ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_requeue_of_a_finished_run_changes_nothing(submit, check):
+    run = submit(brake=0.0)
+    run.until_finished()
+    before, said = contents(run.folder), run.output()
+    run.bed.run("scontrol", "requeue", run.job)
+    run.until(lambda: run.in_queue()[1:3] == ("COMPLETED", 1), "the job's second end")
+    assert contents(run.folder) == before
+    assert "0 of 1 runs to train" in run.output().replace(said, "")
+    check(run, "requeue of a finished run")
+
+
+def test_cancelled_and_retried(submit, check):
+    """scancel is no requeue: the job stays away until a person submits the run again."""
+    run = submit(**{"runtime.checkpoint_steps": NEVER})
+    step = run.until_step(10)
+    run.bed.run("scancel", run.job)
+    run.until_state("CANCELLED")
+    run.until(lambda: not run.training() and not run.supervisors(), "the processes' end")
+    assert run.in_queue().restarts == 0
+    first = run.job
+    assert launch.retry([run.folder]) == 0
+    assert run.job != first
+    run.until_finished()
+    assert run.attempts()[1]["from_step"] >= step
+    check(run, "scancel, then retry")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_again_and_again(submit, check, ranks):
+    """Without any progress a run counts as failed; a person may try again."""
+    run = submit(ranks, profile={"max_fruitless": 2}, **{"runtime.checkpoint_steps": NEVER})
+    for count in (1, 2):
+        run.until_attempts(count)
+        run.until(lambda count=count: len(run.starts()) == count * ranks, "all ranks to train")
+        run.kill(run.training(ranks - 1))
+    run.until(lambda: run.failure().get("kind") == "no-progress", "an end of the attempts")
+    assert "2 attempts in a row" in run.failure()["reason"]
+    run.until_state("FAILED")
+    assert len(run.attempts()) == 2
+    run.report("killed again and again")
+    run.go_on()
+    assert launch.retry([run.folder]) == 0
+    run.until_finished()
+    check(run, "killed again and again, then retry")
+
+
+@pytest.mark.slow
+def test_budget_of_requeues(submit, check):
+    run = submit(profile={"max_requeues": 1}, **{"runtime.checkpoint_steps": NEVER})
+    for restart in (0, 1):
+        run.until(lambda restart=restart: len(run.starts()) > restart, f"start {restart}")
+        usr2(run)
+        run.until(lambda restart=restart: "outcome" in run.attempts()[restart], "its end")
+    run.until(run.failure, "a failure")
+    assert run.failure()["kind"] == "requeues"
+    run.until_state("FAILED")
+    assert launch.retry([run.folder]) == 0
+    run.until_finished()
+    check(run, "budget of requeues used up, then retry")
+
+
+# -- failures -----------------------------------------------------------------------------
+
+
+def break_code(run):
+    run.until_step(5)
+    run.plant_bug()
+
+
+def lose_data(run):
+    shutil.rmtree(run.runs.parent / "images")
+    run.bed.run("scontrol", "release", run.job)
+
+
+FAILURES = {
+    "code": ({}, {}, break_code),
+    "non-finite": ({"optim.lr": 1e20}, {}, Submitted.go_on),
+    "data": ({"data": "imagefolder"}, {"extra": {"hold": True}}, lose_data),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAILURES)
+def test_failures_are_named_and_not_repeated(submit, tmp_path, kind):
+    settings, profile, do = FAILURES[kind]
+    if kind == "data":
+        settings = settings | {"data.root": tmp_path / "images"}
+        for name in ("train/a", "train/b", "test/a", "test/b"):
+            (tmp_path / "images" / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
+    run = submit(profile=profile, **settings)
+    do(run)
+    run.until_state("FAILED")
+    assert run.failure()["kind"] == kind, run.output()
+    assert run.in_queue().restarts == 0
+    assert [attempt["outcome"] for attempt in run.attempts()] == ["failed"]
+    run.report(f"failure of kind {kind}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_faulty_node_is_avoided(submit, check, tmp_path, ranks):
+    """The first node that comes has lost the GPU that Slurm promises; the job goes to another one."""
+    lost = f'[ "$(cat {tmp_path}/faulty)" != "$SLURMD_NODENAME" ]'
+    setup = [
+        f'[ -e {tmp_path}/faulty ] || echo "$SLURMD_NODENAME" > {tmp_path}/faulty',
+        f"{lost} || export SLURM_JOB_GPUS=0 CUDA_VISIBLE_DEVICES=",
+    ]
+    run = submit(ranks, profile={"setup": setup}, brake=0.0)
+    run.until_attempts(2)
+    run.until_finished()
+    faulty, good = run.attempts()
+    assert faulty["outcome"] == "node"
+    assert faulty["node"] == (tmp_path / "faulty").read_text().strip() != good["node"]
+    assert f"ExcNodeList={faulty['node']}" in run.bed.run("scontrol", "show", "job", run.job)
+    check(run, "a faulty node")
