@@ -71,8 +71,9 @@ def shape_of(cluster: Cluster, gpus: int) -> Shape:
                 f"expected runs whose GPUs spread evenly over nodes, got {gpus} GPUs on {nodes} nodes with {tasks} "
                 "tasks each; set runtime.gpus, cluster.nodes or cluster.tasks_per_node."
             )
-        given = tasks if gpus and cluster.gpus_per_node else 0
-        return Shape(nodes, tasks, given, cluster.cpus_per_task, 1)
+        if nodes * tasks > 1:
+            given = tasks if gpus and cluster.gpus_per_node else 0
+            return Shape(nodes, tasks, given, cluster.cpus_per_task, 1)
     if gpus <= 1:
         given = (cluster.gpus_per_job or 1) if gpus and cluster.gpus_per_node else 0
         slots = max(1, given)
@@ -170,6 +171,11 @@ def retry(folders: list[Path]) -> int:
         groups.setdefault(submission, []).append(folder.absolute())
     for submission, chosen in groups.items():
         said = read_json(submission / "submission.json")
+        if not os.path.isdir(said["cwd"]):
+            raise UserError(
+                f"expected the folder {said['cwd']}, in which these runs were submitted, got none; make it again, or "
+                f"submit from another one with python experiments/{said['experiment']}.py --submit."
+            )
         with contextlib.chdir(said["cwd"]):
             configs = {folder: load_config(folder / "config.yaml") for folder in chosen}
             _Submission(said["experiment"], from_tree(said["cluster"]), said["cwd"]).send(configs, prepare=False)
@@ -187,7 +193,9 @@ class _Submission:
         runs = next(iter(configs)).parent.parent
         began = time.monotonic()
         parts = self.arranged(configs)
-        for note in preflight.check(self._cluster, runs, list(configs.values()), options=self._options(parts)):
+        with _clean_environment():
+            notes = preflight.check(self._cluster, runs, list(configs.values()), options=self._options(parts))
+        for note in notes:
             print(f"note: {note}")
         self._folder = self._make_folder(runs / self._experiment / ledger.SUBMISSIONS)
         mine = ledger.claim(list(configs), self._folder.name)
@@ -196,7 +204,9 @@ class _Submission:
                 if prepare:
                     for folder in mine:
                         prepare_folder(configs[folder])
-                snapshot.take(self._folder / "code", skip=[runs])
+                left_out = snapshot.take(self._folder / "code", skip=[runs])["left_out"]
+                if left_out:
+                    print(f"note: large untracked files are not in the copy of the code: {', '.join(left_out)}")
                 parts = self.arranged({folder: configs[folder] for folder in mine})
                 self._write(parts)
                 self._queue(parts)
@@ -210,7 +220,7 @@ class _Submission:
                 shutil.rmtree(self._folder, ignore_errors=True)
         if mine:
             jobs = sum(len(part.jobs) for part in parts)
-            at_once = min(jobs, self._cluster.parallel)
+            at_once = sum(min(len(part.jobs), self._throttle(parts)) for part in parts)
             print(
                 f"Submitted {len(mine)} runs in {jobs} jobs, at most {at_once} at a time, as {self._folder.name} "
                 f"({time.monotonic() - began:.1f} s)."
@@ -266,17 +276,16 @@ class _Submission:
 
     def _queue(self, parts: list[Part]) -> None:
         local = self._cluster.scheduler is Scheduler.local
-        throttle = max(1, self._cluster.parallel // len(parts))
         for number, part in enumerate(parts):
             jobs = [Job(str(self._folder), number, index) for index in range(len(part.jobs))]
             try:
-                with _clean_environment(self._folder / "code"):
+                with _clean_environment(self._folder / "code"), _without_hangup():
                     if local:
                         executor = self._local_executor(part)
                         with _output_into(self._folder / "jobs.log"):
                             queued = executor.submit_array(jobs)
                     else:
-                        queued = self._slurm_executor(part, number, throttle).submit_array(jobs)
+                        queued = self._slurm_executor(part, number, self._throttle(parts)).submit_array(jobs)
             except (FailedJobError, FailedSubmissionError, OSError) as error:
                 raise UserError(
                     f"expected the queue to take {len(jobs)} jobs, got: {_what_sbatch_said(error)}; "
@@ -289,6 +298,10 @@ class _Submission:
                     said["worker"] = this_process(int(job.job_id))
                 for folder in folders:
                     ledger.amend_claim(folder, self._folder.name, **said)
+
+    def _throttle(self, parts: list[Part]) -> int:
+        """The most jobs of one array at a time, so that all arrays together keep to ``parallel`` if they can."""
+        return max(1, self._cluster.parallel // len(parts))
 
     def _slurm_executor(self, part: Part, number: int, throttle: int) -> submitit.SlurmExecutor:
         executor = submitit.SlurmExecutor(self._folder / "jobs", max_num_timeout=10**6, python=self._python())
@@ -453,20 +466,32 @@ def show_plan(experiment: str, configs: list[Config], states: dict[Path, str], c
 
 
 @contextlib.contextmanager
-def _clean_environment(code: Path) -> Iterator[None]:
-    """For the jobs' environment: nothing of a Slurm job that this process may itself be in, code from the snapshot."""
+def _clean_environment(code: Path | None = None) -> Iterator[None]:
+    """For the jobs' environment: nothing of a Slurm job that this process may itself be in, code from the snapshot.
+
+    SBATCH_* stay: they are a person's or a site's own defaults.
+    """
     before = dict(os.environ)
-    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # local jobs survive the terminal
-    inside = [key for key in os.environ if key.startswith(("SLURM_", "SBATCH_", "SRUN_")) and key != "SLURM_CONF"]
-    for key in inside:
-        del os.environ[key]
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), before.get("PYTHONPATH")]))
+    for key in before:
+        if key.startswith(("SLURM_", "SRUN_")) and key != "SLURM_CONF":
+            del os.environ[key]
+    if code is not None:
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(code), before.get("PYTHONPATH")]))
     try:
         yield
     finally:
-        signal.signal(signal.SIGHUP, hangup)
         os.environ.clear()
         os.environ.update(before)
+
+
+@contextlib.contextmanager
+def _without_hangup() -> Iterator[None]:
+    """What is started meanwhile survives the terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @contextlib.contextmanager

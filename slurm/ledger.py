@@ -17,7 +17,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -53,9 +53,14 @@ class Entry:
 
 
 class Queue:
-    """This user's jobs by name and index; asked for once, when first needed."""
+    """Jobs by name and index; asked for once, when first needed.
 
-    def __init__(self):
+    Args:
+        claims: whose submitters' jobs are of interest; several people may share a folder of runs.
+    """
+
+    def __init__(self, claims: Iterable[Path | None] = ()):
+        self._claims = claims
         self._tasks: dict[tuple[str, str], Task] | None = None
         self._asked = False
         self._lock = threading.Lock()
@@ -72,7 +77,8 @@ class Queue:
         with self._lock:
             if not self._asked:
                 self._asked = True
-                found = tasks()
+                users = {read_json(path).get("user") for path in self._claims if path is not None}
+                found = tasks(users={user for user in users if isinstance(user, int)})
                 if found is not None:
                     self._tasks = {(task.name, task.job.partition("_")[2] or "0"): task for task in found}
         return self._tasks
@@ -92,7 +98,7 @@ def entries(runs: Path, experiment: str | None = None, folders: list[Path] | Non
     if folders is None:
         folders = run_folders(runs, experiment)
     claims = dict(zip(folders, _each(_readable_claim, folders), strict=True))  # before the queue is asked:
-    queue, now = Queue(), now_in(runs)  # what is new there is claimed
+    queue, now = Queue(claims.values()), now_in(runs)  # what is new there is claimed
     return _each(lambda folder: _readable_entry(folder, claims[folder], queue, now), folders)
 
 
@@ -204,8 +210,8 @@ def claim_is_live(claim: dict, queue: Queue) -> bool:
 def claim(folders: list[Path], submission: str) -> list[Path]:
     """Claim the runs that nobody else is going to train; which ones that is."""
     seen = {folder: highest(folder / "claims") for folder in folders}  # before the queue is asked
-    queue, mine = Queue(), []
-    said = this_process() | {"submission": submission, "made": time.time()}
+    queue, mine = Queue(path for _, path in seen.values()), []
+    said = this_process() | {"user": os.geteuid(), "submission": submission, "made": time.time()}
     for folder in folders:
         number, path = seen[folder]
         if path is not None and claim_is_live(read_json(path), queue):

@@ -61,16 +61,18 @@ def answers(timeout: float = 30.0) -> bool:
     return "is UP" in (_output(["scontrol", "ping"], timeout) or "")
 
 
-def tasks(timeout: float = 10.0) -> list[Task] | None:
-    """This user's jobs that have not ended, elements of arrays one by one.
+def tasks(timeout: float = 10.0, users: Iterable[int] = ()) -> list[Task] | None:
+    """Jobs that have not ended, elements of arrays one by one: this user's, and those of other users.
 
     Args:
         timeout: seconds to wait for the controller.
+        users: further users, by number.
 
     Returns:
         None where there is no Slurm or the controller does not answer.
     """
-    ask = ["squeue", "--noheader", "--array", "--all", f"--user={os.geteuid()}"]
+    whose = ",".join(map(str, sorted({os.geteuid(), *users})))
+    ask = ["squeue", "--noheader", "--array", "--all", f"--user={whose}"]
     columns = ",".join(f"{name}:0{_FIELD}" for name in _COLUMNS)
     text = _output([*ask, f"--Format={columns}{_RECORD}"], timeout)
     found = None if text is None else _parsed(text, _FIELD + _RECORD)

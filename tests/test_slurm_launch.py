@@ -516,7 +516,7 @@ def submission(tmp_path: Path) -> Path:
 def test_a_submission_says_what_was_submitted(fake_slurm, tmp_path, capsys):
     """Seven jobs in arrays of three; what a job reads is what the claims say is its own."""
     assert quickstart("--submit", *TWO[:2], "seed=range(7)", "cluster.max_array_size=3", "cluster.parallel=6") == 0
-    assert "Submitted 7 runs in 7 jobs, at most 6 at a time" in capsys.readouterr().out
+    assert "Submitted 7 runs in 7 jobs, at most 5 at a time" in capsys.readouterr().out
     folder = submission(tmp_path)
     said = json.loads((folder / "submission.json").read_text())
     assert said["experiment"] == "quickstart"
@@ -550,7 +550,8 @@ def test_nothing_of_an_outer_job_is_passed_on(fake_slurm, tmp_path, monkeypatch)
     monkeypatch.setenv("PYTHONPATH", "/other/code")
     assert quickstart("--submit", *TWO) == 0
     given = dict(line.partition("=")[::2] for line in (fake_slurm / "0.env").read_text().splitlines())
-    assert {name for name in given if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))} == {"SLURM_CONF"}
+    left = {name for name in given if name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
+    assert left == {"SLURM_CONF", "SBATCH_PARTITION"}  # a person's own default
     assert given["PYTHONPATH"] == f"{submission(tmp_path) / 'code'}:/other/code"
     assert os.environ["SLURM_NTASKS"] == "12"
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
