@@ -55,12 +55,12 @@ class Cluster:
     gpus_per_job: int | None = None  # GPUs of a job that packs runs; null: 1
     setup: list[str] = field(default_factory=list)  # shell lines before python: modules, exports
     container: str = ""  # written before python: apptainer exec --nv image.sif
-    python: str | None = None  # null: the interpreter that submits
+    python: str | None = None  # path of the interpreter, without arguments; null: the one that submits
     extra: dict[str, Any] = field(default_factory=dict)  # further sbatch options: {mail-type: FAIL}
     stage_from: str | None = None  # data that each node copies before training: a folder or an archive
     stage_to: str | None = None  # where to: a disk of the node; ~ and $VARIABLES are expanded there
     stage_keep_hours: float = 24.0  # unused copies are removed after so long
-    max_requeues: int = 100  # starts of one job
+    max_requeues: int = 100  # of one job
     max_fruitless: int = 4  # attempts in a row without a new checkpoint
     free_gib: float = 5.0  # disk that must be free below runs/
 

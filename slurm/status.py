@@ -59,7 +59,6 @@ _HINTS = {
     "peer": "another rank went away; the job's own log says why",
     "input": "correct the configuration",
     "code": "correct the program, then retry",
-    "killed": "often the memory of the machine; retry",
     "no-progress": "longer jobs or a smaller runtime.checkpoint_seconds, then retry",
     "requeues": "retry gives a new budget",
 }

@@ -181,6 +181,26 @@ def test_two_submitters_at_once_submit_everything_once(login):
 
 @needs_slurm
 @pytest.mark.slow
+def test_what_happens_to_one_element_of_an_array_happens_to_no_other(login):
+    """The raw number of one element is the array's own; the last one is stopped, killed and requeued by its job."""
+    words = [word.replace("epochs=2", "epochs=15") for word in login.submitting(*ONE[:2], "seed=0,1,2")]
+    login.run(*words, "runtime.heartbeat_seconds=0.5")
+    folders = login.folders()
+    jobs = {read_json(ledger.newest_claim(folder))["job"]: folder for folder in folders}
+    raw = {job: login.bed.run("squeue", "-h", "-j", job, "-o", "%A") for job in jobs}
+    (special,) = [job for job, number in raw.items() if number == job.partition("_")[0]]
+    folder = jobs[special]
+    login.bed.wait_for(lambda: read_json(folder / "progress.json").get("step", 0) > 5, 120, "a step")
+    login.bed.run("scancel", "--signal=USR2", special)
+    login.wait()
+    assert [state_of(folder) for folder in folders] == ["finished"] * 3, login.said()
+    assert {job: len(ledger.attempts(folder)) for job, folder in jobs.items()} == dict.fromkeys(jobs, 1) | {special: 2}
+    restarts = {job.id: job.restarts for job in login.bed.queue() if job.id in jobs}
+    assert restarts == dict.fromkeys(jobs, 0) | {special: 1}
+
+
+@needs_slurm
+@pytest.mark.slow
 def test_two_submitters_at_once_train_everything_once(login):
     processes = [login.start(*login.submitting("cluster.parallel=4")) for _ in range(2)]
     for process in processes:

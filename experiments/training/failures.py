@@ -10,7 +10,6 @@ node            the machine: a GPU that fails or is missing, a file system that 
 peer            another rank of this run went away; its own record says why
 input           bad input of any other kind
 code            everything else: an error in the program
-killed          ended by a signal that nobody announced, such as SIGKILL (written by launchers)
 no-progress     several attempts in a row wrote no new checkpoint (written by launchers)
 requeues        the budget of requeues is used up (written by launchers)
 ==============  ==============================================================================
