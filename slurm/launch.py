@@ -142,11 +142,12 @@ def submit(experiment: str, configs: list[Config], cluster: Cluster) -> int:
         counts["queued already"] = len(wanted) - submitted
     others = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"The other runs of the plan: {others}." if others else "That is the whole plan.")
+    where = _runs_flag(next(iter(folders)).parents[1])
     if counts["failed"] or counts["cancelled"]:
-        print(f"Failed and cancelled runs: python slurm/status.py retry --experiment {experiment}")
+        print(f"Failed and cancelled runs: python slurm/status.py retry --experiment {experiment}{where}")
     unfinished = len(folders) - counts["finished"]
     show = f"python slurm/status.py watch --experiment {experiment}" if unfinished else _table_command(experiment)
-    print(f"Next: {show}{_runs_flag(next(iter(folders)).parent.parent)}")
+    print(f"Next: {show}{where}")
     return 0
 
 

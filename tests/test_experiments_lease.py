@@ -112,7 +112,7 @@ def test_a_process_elsewhere_counts_as_gone_after_six_missing_beats(tmp_path, ag
 
 def test_patience_waits_for_the_missing_beats(tmp_path):
     _elsewhere(tmp_path, 1, beats_every=0.1)
-    path = highest(tmp_path / "lease")[1]
+    path = lease.highest(tmp_path / "lease")[1]
     beat = path.stat().st_mtime
     assert take(tmp_path, 0.1, patience=60).number == 2
     assert lease.now_in(tmp_path) - beat > 6 * 0.1

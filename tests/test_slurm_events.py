@@ -397,7 +397,7 @@ def test_killed_again_and_again(submit, check, ranks):
         run.kill(run.training(ranks - 1))
     run.until(lambda: run.failure().get("kind") == "no-progress", "an end of the attempts")
     assert "2 attempts in a row" in run.failure()["reason"]
-    run.until_state("FAILED", "COMPLETED")  # of two ranks the killed one's code wins: one more start, with nothing to do
+    run.until_state("FAILED", "COMPLETED")  # the killed rank's code starts the job once more, with nothing to do
     assert len(run.attempts()) == 2
     run.report("killed again and again")
     run.go_on()

@@ -474,13 +474,13 @@ def test_term_is_passed_on_and_work_goes_on(make_job, in_background):
     """In a job SIGTERM may mean much: runs save; the supervisor stays until Slurm kills it."""
     deed = "signal.signal(signal.SIGTERM, lambda *_: (save(3), finish()))\n(folder / 'ready').touch()\n"
     deed += "wait(folder / 'result.json')"
-    submission = make_job(deed)
+    submission = make_job(deed, "finish()", slots=1)
     process = in_background(submission, SLURM_JOB_ID="12")
     wait_until((run_of(submission, 0) / "ready").exists, "the run to listen")
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert outcomes(submission, 0) == ["finished"]
+    assert outcomes(submission, 0) == outcomes(submission, 1) == ["finished"]
     assert ledger.last_step(run_of(submission, 0)) == 3
 
 
@@ -497,9 +497,12 @@ def test_without_slurm_term_stops(make_job, in_background):
 
 
 def test_a_cancelled_run_is_stopped_and_no_other(make_job, in_background):
-    submission = make_job(STOPPABLE, "wait(folder.parent / 'run-0/checkpoints'); time.sleep(0.5); finish()")
+    listening = "signal.signal(signal.SIGUSR2, lambda *_: sys.exit(75))\n(folder / 'ready').touch()\n"
+    waiting = "wait(folder.parent / 'run-0/checkpoints'); time.sleep(0.5); finish()"
+    submission = make_job(STOPPABLE, listening + waiting)
     process = in_background(submission)
-    wait_until((run_of(submission, 0) / "ready").exists, "the run to listen")
+    for number in (0, 1):
+        wait_until((run_of(submission, number) / "ready").exists, "the runs to listen")
     (run_of(submission, 0) / "cancelled").touch()
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said

@@ -12,9 +12,11 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import time
 import types
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -629,11 +631,13 @@ def test_watch_redraws_a_terminal_in_place_and_leaves_it_as_it_was(runs, slurm):
         [sys.executable, str(SCRIPT), "watch", "--every", "0.1"], stdout=follower, stderr=follower, env=environment
     )
     os.close(follower)
-    seen = read_until(leader, "\x1b[J" * 1, 2)
-    for folder in folders:
-        write(folder / "result.json", RESULT)
-    seen += read_until(leader, None)
-    assert process.wait(10) == 0
+    with no_longer_than(process):
+        seen = read_until(leader, "\x1b[J", 2)
+        for folder in folders:
+            write(folder / "result.json", RESULT)
+        seen += read_until(leader, None)
+        assert process.wait() == 0
+    os.close(leader)
     on_screen, _, after = seen.partition("\x1b[?1049l")
     pictures = on_screen.partition("\x1b[?1049h")[2].split("\x1b[H")[1:]
     assert len(pictures) >= 3
@@ -645,6 +649,19 @@ def test_watch_redraws_a_terminal_in_place_and_leaves_it_as_it_was(runs, slurm):
     assert "... and 25 more lines" in pictures[0]
     assert "30 runs: 30 finished" in after
     assert "\x1b" not in after
+
+
+@contextmanager
+def no_longer_than(process, seconds=60):
+    """A process that should have ended or spoken long ago fails its test instead of stopping it."""
+    timer = threading.Timer(seconds, process.kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
 
 
 def read_until(leader, mark, times=1):
@@ -731,7 +748,7 @@ def test_logs_follow_a_file_that_comes_late_grows_is_cut_and_replaced(runs, slur
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    try:
+    with process, no_longer_than(process):
         assert process.stderr.readline() == b"one is queued and has said nothing yet\n"
         output = folder / "output.txt"
         expected = b""
@@ -755,11 +772,8 @@ def test_logs_follow_a_file_that_comes_late_grows_is_cut_and_replaced(runs, slur
         time.sleep(0.1)
         write(output, "last\n")
         write(folder / "result.json", RESULT)
-        rest, said = process.communicate(timeout=20)
+        rest, said = process.communicate()
         assert (rest, said, process.returncode) == (b"last\n", b"one: finished\n", 0)
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_logs_of_a_run_that_has_ended(runs, slurm, call):
