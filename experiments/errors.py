@@ -16,7 +16,7 @@ class UserError(Exception):
 
     Args:
         message: the sentence.
-        kind: what is at fault, for the record of a run: input, data, disk or node.
+        kind: what is at fault, for the record of a run: input, data, disk, node or peer.
     """
 
     def __init__(self, message: str, kind: str = "input"):

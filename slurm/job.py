@@ -51,6 +51,7 @@ _POLL = 0.1  # seconds
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
 _PATIENCE = 120.0  # seconds that a run waits for a process elsewhere that seems to train it
 _MARGIN = 30.0  # seconds between the runs' deadline and the job's end
+_SECONDS_TO_NOTICE = 60.0  # for a rank, that another one has gone
 _LATEST_NOTICE = 90.0  # seconds by which Slurm's notice may come before its time
 _NO_MEMORY = "for lack of the job's memory (more: cluster.memory_gb)"
 _ELSEWHERE = ("node", "peer")  # kinds of failure that a requeue may cure
@@ -80,6 +81,7 @@ class _Child:
     slot: int
     attempt: Path | None
     asked_to_stop: float = 0.0  # when it was last told to
+    bereaved: float = 0.0  # since when another rank of its run has failed
 
 
 @dataclass
@@ -120,7 +122,6 @@ class Supervisor:
         self._end: float | None = None
         self._staging = False
         self._oom_kills = oom_kills()
-        self._killed_code = 0  # of a rank other than the first
 
     # -- the whole ----------------------------------------------------------------------
 
@@ -128,8 +129,8 @@ class Supervisor:
         """Train what is left to train.
 
         Returns:
-            0 all done, 1 some runs failed, 75 to be started again; of ranks other than the
-            first 0, or 128 + the signal that killed their training process.
+            0 all done, 1 some runs failed, 75 to be started again; always 0 of ranks other
+            than the first.
         """
         with self._listening(), ExitStack() as held:
             waiting: list[Path] = []
@@ -198,7 +199,7 @@ class Supervisor:
     def _exit_code(self) -> int:
         outcome = self._outcome
         if self._rank > 0:
-            return self._killed_code
+            return 0  # the first rank speaks for all
         left = [folder for folder in outcome.left if not self._is_cancelled(folder)]
         budget = self._cluster["max_requeues"]
         if left and self._start and self._start["restart"] >= budget:
@@ -279,6 +280,7 @@ class Supervisor:
         if self._rank == 0:
             try:
                 attempt = ledger.begin_attempt(folder, **self._said())
+                (folder / "failure.json").unlink(missing_ok=True)  # an earlier start's
                 output = open(folder / "output.txt", "ab")  # noqa: SIM115
             except (UserError, OSError) as error:  # this run's trouble alone
                 self._fail(folder, "disk", str(error))
@@ -334,7 +336,9 @@ class Supervisor:
         """Judge by the run folder how a process ended; whether the run is to be started again here."""
         folder, code = child.folder, child.process.returncode
         if self._rank > 0:
-            self._killed_code = 128 - code if code < 0 else 0
+            if code < 0 and not self._stopping:  # else it has written what it knows itself
+                with suppress(OSError):
+                    record(folder, "peer", f"rank {self._rank} was killed by {_signal_name(-code)} on {node_name()}")
             return False
         failure = read_json(folder / "failure.json")
         if _is_finished(folder):
@@ -440,10 +444,20 @@ class Supervisor:
             if signal.SIGTERM in told:
                 child.process.send_signal(signal.SIGTERM)
             stop = self._stopping or (self._rank == 0 and self._is_cancelled(child.folder))
+            if self._rank == 0 and self._size > 1:
+                self._end_if_bereaved(child)
             # Again and again: a process that is still starting hears nothing.
             if stop and time.monotonic() - child.asked_to_stop > 1.0:
                 child.asked_to_stop = time.monotonic()
                 child.process.send_signal(signal.SIGUSR2)
+
+    def _end_if_bereaved(self, child: _Child) -> None:
+        """End a training process that goes on waiting for a rank which is gone, as NCCL's may for long."""
+        if not os.path.exists(child.folder / "failure.json"):
+            return
+        child.bereaved = child.bereaved or time.monotonic()
+        if time.monotonic() - child.bereaved > _SECONDS_TO_NOTICE:
+            child.process.kill()
 
     def _job_end(self) -> float | None:
         """When Slurm will end this job, on the monotonic clock."""

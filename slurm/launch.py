@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -151,8 +152,12 @@ def submit(experiment: str, configs: list[Config], cluster: Cluster) -> int:
     return 0
 
 
-def retry(folders: list[Path]) -> int:
+def retry(folders: list[Path], changes: dict[str, Any] | None = None) -> int:
     """Submit runs again, each with the profile of its last submission and today's code.
+
+    Args:
+        folders: the runs.
+        changes: {key: value} of the profile, such as more memory than last time.
 
     Returns:
         Exit code: 0.
@@ -179,7 +184,9 @@ def retry(folders: list[Path]) -> int:
             )
         with contextlib.chdir(said["cwd"]):
             configs = {folder: load_config(folder / "config.yaml") for folder in chosen}
-            _Submission(said["experiment"], from_tree(said["cluster"]), said["cwd"]).send(configs, prepare=False)
+            _Submission(said["experiment"], from_tree(said["cluster"], changes), said["cwd"]).send(
+                configs, prepare=False
+            )
     return 0
 
 

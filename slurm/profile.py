@@ -110,14 +110,15 @@ def load_cluster(name: str | None = None, changes: dict[str, Any] | None = None)
     return _checked(values, places)
 
 
-def from_tree(tree: dict[str, Any]) -> Cluster:
-    """The cluster that :func:`to_tree` wrote down.
+def from_tree(tree: dict[str, Any], changes: dict[str, Any] | None = None) -> Cluster:
+    """The cluster that :func:`to_tree` wrote down, with these changes.
 
     Raises:
         UserError: unknown keys or bad values.
     """
     values: dict[str, Any] = {}
     _merge(values, {}, tree, "")
+    _merge(values, {}, changes or {}, "")
     return _checked(values, {})
 
 

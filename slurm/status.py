@@ -76,7 +76,8 @@ _VERBS = {
     "show": "everything about one run: progress, attempts, failure, files, how to continue it here",
     "logs": "the end of one run's output.txt (else log.txt), followed until the run ends",
     "cancel": "stop runs and take them out of the queue; checkpoints stay",
-    "retry": "submit failed, resumable, missing and cancelled runs again, as they were submitted last",
+    "retry": "submit failed, resumable, missing and cancelled runs again, as they were submitted last, "
+    "or with changes: cluster.memory_gb=64",
 }
 
 
@@ -959,6 +960,7 @@ def _user() -> str:
 
 
 def _retry(options: argparse.Namespace) -> int:
+    changes = _changes(options)
     if options.words and options.all:
         raise UserError("expected runs or --all, got both; leave one out.")
     chosen = _entries(folders_of(options, alone=True), options.state)
@@ -974,7 +976,17 @@ def _retry(options: argparse.Namespace) -> int:
 
     folders = [entry.folder for entry in wanted]
     with _forgotten(folders):
-        return retry(folders)
+        return retry(folders, changes)
+
+
+def _changes(options: argparse.Namespace) -> dict[str, Any]:
+    """Take ``cluster.KEY=VALUE`` out of the words."""
+    import yaml
+
+    words = [word for word in options.words if word.startswith("cluster.") and "=" in word]
+    options.words = [word for word in options.words if word not in words]
+    pairs = (word.removeprefix("cluster.").split("=", 1) for word in words)
+    return {key: yaml.safe_load(value) for key, value in pairs}
 
 
 def _submitted_before(entries: list[Entry]) -> list[Entry]:

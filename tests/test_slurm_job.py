@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from experiments.training.files import read_json, write_json
-from slurm import ledger
+from slurm import job, ledger
 from slurm.job import Supervisor
 from slurm.profile import Cluster, to_tree
 
@@ -319,7 +319,7 @@ def test_a_file_system_that_fails_for_a_moment_ends_in_a_requeue(make_job, monke
 
 
 def test_other_ranks_train_what_the_first_one_says(make_job, monkeypatch):
-    """And say with their exit code only that their process was killed."""
+    """The first one speaks for all; of a process that was killed they write down that it was."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     submission = make_job("if attempt == 2: os.kill(os.getpid(), 9)\nsys.exit(1)")
@@ -327,8 +327,25 @@ def test_other_ranks_train_what_the_first_one_says(make_job, monkeypatch):
     (submission / "ranks").mkdir()
     write_json(submission / "ranks" / "12-0.json", {"runs": [str(run_of(submission, 0))]})
     assert train(submission) == 0
-    assert train(submission) == 137
+    assert not failure(submission, 0)
+    assert train(submission) == 0
+    assert failure(submission, 0)["kind"] == "peer"
+    assert "rank 1 was killed by SIGKILL" in failure(submission, 0)["reason"]
     assert not outcomes(submission, 0), "attempts are the first rank's to note"
+
+
+def test_a_rank_that_waits_for_one_that_is_gone_is_ended(make_job, monkeypatch):
+    """As NCCL's may wait for long; the job is started again, and no node is to blame."""
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setattr(job, "_SECONDS_TO_NOTICE", 0.3)
+    reason = json.dumps({"kind": "peer", "reason": "rank 1 was killed"})
+    submission = make_job(f"(folder / 'failure.json').write_text({reason!r}); " + FOREVER)
+    assert train(submission) == 75
+    assert outcomes(submission, 0) == ["node"]
+    assert not failure(submission, 0)
+    assert not (submission / "exclude-12").exists()
 
 
 def test_staging_that_fails_on_this_node_is_tried_on_others(make_job, monkeypatch, tmp_path):

@@ -19,7 +19,7 @@ from experiments.errors import UserError
 from experiments.training.files import read_json, write_json
 from experiments.training.folder import folder_of, prepare_folder
 from experiments.training.lease import this_process
-from slurm import ledger, preflight
+from slurm import launch, ledger, preflight
 from slurm.cost import describe_cost
 from slurm.launch import Shape, arrange, shape_of
 from slurm.profile import Cluster, Scheduler
@@ -574,6 +574,19 @@ def test_a_refused_submission_leaves_its_runs_free(fake_slurm, tmp_path, capsys)
     said = capsys.readouterr().out
     assert "Submitted 2 runs in 2 jobs" in said
     assert "2 queued already" in said
+
+
+def test_retry_submits_as_before_but_for_the_changes(fake_slurm, tmp_path, capsys):
+    assert quickstart("--submit", *TWO, "cluster.qos=long", "cluster.memory_gb=8") == 0
+    folders = run_folders(tmp_path)
+    for folder in folders:
+        ledger.release(folder, submission(tmp_path).name, "failed")
+    assert launch.retry(folders, {"memory_gb": 64, "timeout_minutes": 77}) == 0
+    before, after = (options_in((fake_slurm / f"{number}.sh").read_text()) for number in (0, 1))
+    assert (before["qos"], before["mem"], before["time"]) == ("long", "8192M", "1440")
+    assert (after["qos"], after["mem"], after["time"]) == ("long", "65536M", "77")
+    with pytest.raises(UserError, match="memory_gb"):
+        launch.retry(folders, {"memory_gbb": 64})
 
 
 def test_a_submission_without_runs_leaves_no_folder(fake_slurm, tmp_path, capsys):

@@ -914,8 +914,9 @@ def launched(monkeypatch):
     """Calls of launch.retry; what it is to do can be put into ``launched.then``."""
     said = types.SimpleNamespace(calls=[], then=lambda: 0)
 
-    def retry(folders):
+    def retry(folders, changes):
         said.calls.append(sorted(folder.name for folder in folders))
+        said.changes = changes
         paths = [folder / name for folder in folders for name in ("failure.json", "cancelled")]
         said.left = [path for path in paths if path.exists()]
         return said.then()
@@ -935,10 +936,19 @@ def test_retry_takes_what_nobody_trains(runs, slurm, call, launched):
         make(runs, state, state, claim=None if state == "queued" else old())
     assert call("retry")[0] == 0
     assert launched.calls == [["cancelled", "failed", "missing", "resumable"]]
+    assert launched.changes == {}
     assert launched.left == []
     assert [path.parent.name for path in runs.glob("demo/*/result.json")] == ["finished"]
     states = {run["run"]: run["state"] for run in json.loads(call("--json")[1])["runs"]}
     assert states == {state: state for state in STATES} | {"failed": "resumable", "cancelled": "resumable"}
+
+
+def test_retry_with_a_changed_profile(runs, slurm, call, launched):
+    make(runs, "one", "failed", claim=old())
+    make(runs, "two", "failed", claim=old())
+    assert call("retry", "one", "cluster.memory_gb=64", "cluster.extra={mail-type: FAIL}")[0] == 0
+    assert launched.calls == [["one"]]
+    assert launched.changes == {"memory_gb": 64, "extra": {"mail-type": "FAIL"}}
 
 
 def test_retry_of_some(runs, slurm, call, launched):

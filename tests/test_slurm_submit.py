@@ -306,7 +306,7 @@ def test_a_folder_that_cannot_be_written_is_said_in_the_jobs_log(login):
         login.wait()
         assert login.end_of(job) == ("FAILED", "1:0")
         assert "0 of 1 runs finished, 1 failed, 0 left" in login.said()
-        assert re.search(r"failed: disk: expected a folder that can be written, got .*Read-only", login.said())
+        assert re.search(r"failed: disk: .*Read-only file system", login.said())
         assert "missing" in login.status(code=1)
     assert "Submitted 1 runs" in login.submit(*ONE, HELD)
 

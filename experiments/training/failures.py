@@ -5,9 +5,8 @@ out-of-memory   of the GPU or the host; it will happen again with the same setti
 non-finite      a loss, weights or layer inputs that are not finite
 data            the data set is missing, damaged or not as expected
 disk            a run folder that cannot be written: full, read-only
-node            the machine: a GPU that fails or is missing, a file system that fails, ranks
-                that do not find each other
-peer            another rank of this run went away; its own record says why
+node            the machine: a GPU that fails or is missing, a file system that fails
+peer            another rank of this run went away or never came; its own record says why
 input           bad input of any other kind
 code            everything else: an error in the program
 no-progress     several attempts in a row wrote no new checkpoint (written by launchers)

@@ -131,7 +131,7 @@ def _meet(place: Path, rank: int, size: int) -> dist.TCPStore:
         raise UserError(
             f"expected {size} ranks to meet through {path}, rank {rank} did not see all of them: "
             f"{str(error).splitlines()[0]}; is this folder shared, and can the nodes reach each other?",
-            "node",
+            "peer",
         ) from None
     finally:
         if rank == 0:
