@@ -325,7 +325,7 @@ def test_controller_dies_before_it_can_requeue(submit, check, tmp_path):
     run.until((tmp_path / "asked").exists, "a question")
     run.bed.stop_slurmctld()
     (tmp_path / "gone").touch()
-    run.until(lambda: (tmp_path / "asked").read_text().split() == ["show", "requeue", "show"], "a second try")
+    run.until(lambda: (tmp_path / "asked").read_text().split()[:2] == ["show", "show"], "a second try")
     run.bed.start_slurmctld()
     run.until_attempts(2)
     run.until_finished()
@@ -460,15 +460,14 @@ def test_failures_are_named_and_not_repeated(submit, tmp_path, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_faulty_node_is_avoided(submit, check, tmp_path, ranks):
+def test_a_faulty_node_is_avoided(submit, check, tmp_path):
     """The first node that comes has lost the GPU that Slurm promises; the job goes to another one."""
     lost = f'[ "$(cat {tmp_path}/faulty)" != "$SLURMD_NODENAME" ]'
     setup = [
         f'[ -e {tmp_path}/faulty ] || echo "$SLURMD_NODENAME" > {tmp_path}/faulty',
         f"{lost} || export SLURM_JOB_GPUS=0 CUDA_VISIBLE_DEVICES=",
     ]
-    run = submit(ranks, profile={"setup": setup}, brake=0.0)
+    run = submit(profile={"setup": setup}, brake=0.0)
     run.until_attempts(2)
     run.until_finished()
     faulty, good = run.attempts()
