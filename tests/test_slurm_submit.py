@@ -267,6 +267,7 @@ def mounted(folder: Path, *words: str):
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_full_disk_is_a_failure_that_retry_cures(login, tmp_path):
     """Two checkpoints fit, the third does not; when there is room the run goes on from the second."""
     small = tmp_path / "small"
@@ -330,6 +331,7 @@ IMAGES = ["data=imagefolder", "batch_size=8", "eval_batch_size=8"]
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_data_that_a_node_lacks_is_a_failure_that_retry_cures(login, tmp_path):
     images = make_images(tmp_path / "images")
     login.submit(*ONE, *IMAGES, f"data.root={images}", HELD)
