@@ -24,7 +24,7 @@ import pytest
 from benchmarks import ledger as benchmark
 from experiments.errors import UserError
 from experiments.training.lease import issue, this_process
-from slurm import ledger, status
+from slurm import ledger, listing, status, tail
 from slurm.ledger import STATES
 from tests.holding import held_elsewhere
 
@@ -443,14 +443,14 @@ TWINS = ["net-s1-01234567", "net-s1-12345678", "net-s2-12345679", "vit-s1-012345
 def test_shortened_names_fit_or_are_whole():
     for room in range(1, 60):
         for chosen in (NAMES, NAMES[:1], NAMES[:2], ["a", "ab", "abc"], ALIKE, TWINS):
-            short = status.shortened(chosen, room)
+            short = listing.shortened(chosen, room)
             assert len(set(short)) == len(chosen)
             assert short == chosen or max(map(len, short)) <= max(room, 10)
             assert all(cut.strip("…") in name for name, cut in zip(chosen, short, strict=True))
-    assert status.shortened(NAMES, max(map(len, NAMES))) == NAMES
+    assert listing.shortened(NAMES, max(map(len, NAMES))) == NAMES
     pair = ["a-b-s1-01234567", "a-b-s2-12345678"]
-    assert status.shortened(pair, 13) == ["…s1-01234567", "…s2-12345678"]
-    assert status.shortened(pair, 10) == ["…s1-…", "…s2-…"]
+    assert listing.shortened(pair, 13) == ["…s1-01234567", "…s2-12345678"]
+    assert listing.shortened(pair, 10) == ["…s1-…", "…s2-…"]
 
 
 # -- time left --------------------------------------------------------------------------
@@ -465,10 +465,10 @@ def test_time_left_by_hand():
     running = [run_of("running", 50, 100, seconds_left=100), run_of("running", 90, 100, seconds_left=20)]
     queued = [run_of("queued"), run_of("queued", 40, 100)]
     ended = [run_of("failed", 10, 100), run_of("missing"), run_of("finished", 100, 100, seconds=200.0)]
-    assert status.seconds_left(running + queued + ended) == (100 + 20 + 200 + 120) / 2
-    assert status.seconds_left(running) == 100, "the longest run takes its time"
-    assert status.seconds_left(queued + ended) is None, "nothing runs"
-    assert status.seconds_left([run_of("running")]) is None, "nothing is known"
+    assert listing.seconds_left(running + queued + ended) == (100 + 20 + 200 + 120) / 2
+    assert listing.seconds_left(running) == 100, "the longest run takes its time"
+    assert listing.seconds_left(queued + ended) is None, "nothing runs"
+    assert listing.seconds_left([run_of("running")]) is None, "nothing is known"
 
 
 # -- failures ---------------------------------------------------------------------------
@@ -733,7 +733,7 @@ def test_last_lines_are_those_of_the_whole_file(monkeypatch):
         lines = [line + b"\n" for line in whole.split(b"\n")]
         lines[-1] = lines[-1][:-1]
         lines = [line for line in lines if line]
-        assert status.last_lines(file, count) == b"".join(lines[len(lines) - min(count, len(lines)) :])
+        assert tail.last_lines(file, count) == b"".join(lines[len(lines) - min(count, len(lines)) :])
         assert file.tell() == len(whole)
 
 
