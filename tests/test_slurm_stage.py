@@ -18,17 +18,17 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.errors import UserError
-from slurm import stage
+from slurm import copying, stage
 from slurm.stage import staged
 
 ROOT = Path(__file__).parents[1]
 _CHILD = """
 import os, signal, sys, time
 from pathlib import Path
-from slurm import stage
+from slurm import copying, stage
 
 source, local, keep = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
-pour = stage._Copying.pour
+pour = copying.Copying.pour
 signal.alarm(60)  # whatever happens
 
 def say(line):
@@ -45,7 +45,7 @@ def slowly(*arguments):
     time.sleep(0.05)
     pour(*arguments)
 
-stage._Copying.pour = slowly
+copying.Copying.pour = slowly
 """
 
 
@@ -159,7 +159,7 @@ def test_a_folder_inside_itself_is_an_error(source, tmp_path):
 
 
 def test_progress_is_reported(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_REPORT_EVERY", 0.0)
+    monkeypatch.setattr(copying, "REPORT_EVERY", 0.0)
     lines = []
     with staged(source, tmp_path / "local", report=lines.append):
         pass
@@ -184,7 +184,7 @@ def test_of_several_processes_one_copies_and_the_others_wait(source, tmp_path):
 
 def test_a_second_start_reads_only_what_a_glimpse_needs(source, tmp_path, monkeypatch):
     with staged(source, tmp_path / "local", report=quiet):
-        monkeypatch.setattr(stage, "_listing", None)
+        monkeypatch.setattr(copying, "_listing", None)
         with staged(source, tmp_path / "local", report=quiet) as data:
             assert content(data) == content(source)
 
@@ -192,7 +192,7 @@ def test_a_second_start_reads_only_what_a_glimpse_needs(source, tmp_path, monkey
 @pytest.mark.parametrize("waiting", [False, True])
 def test_a_killed_copier_is_replaced(source, tmp_path, waiting):
     """By the next start, and by a process that was waiting for it; nobody sees the half copy."""
-    stuck = "stage._Copying.pour = lambda *a: a[2] in seen or (seen.append(1), pour(*a), say('half'), time.sleep(60))"
+    stuck = "copying.Copying.pour = lambda *a: a[2] in seen or (seen.append(1), pour(*a), say('half'), time.sleep(60))"
     with child(f"seen = []\n{stuck}\nuse()", source, tmp_path / "l") as copier:
         until(copier, "half")
         (half,) = copies(tmp_path / "l")
@@ -281,8 +281,8 @@ def test_a_glimpse_ends_somewhere_but_a_touched_folder_is_seen(source, monkeypat
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(source, tmp_path, monkeypatch):
-    compare = stage._compare
-    monkeypatch.setattr(stage, "_compare", lambda *a: [compare(*a), (source / "more").touch()])
+    compare = copying._compare
+    monkeypatch.setattr(copying, "_compare", lambda *a: [compare(*a), (source / "more").touch()])
     with pytest.raises(UserError, match="changes while it was copied"), staged(source, tmp_path / "local"):
         pass
     assert copies(tmp_path / "local") == []
@@ -325,17 +325,17 @@ def test_a_damaged_compressed_archive_is_an_error(source, tmp_path, name, damage
 
 def test_a_file_that_comes_short_is_named(source, tmp_path, monkeypatch):
     """While it is read, and if it is short on the disk all the same."""
-    listing = stage._listing
+    listing = copying._listing
 
     def one_byte_more(*arguments):
         sizes, folders = listing(*arguments)
         return sizes | {"a.bin": 3001}, folders
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_listing", one_byte_more)
+        patch.setattr(copying, "_listing", one_byte_more)
         with pytest.raises(UserError, match="3,000 bytes of 3,001 in a.bin"), staged(source, tmp_path / "local"):
             pass
-    monkeypatch.setattr(stage._Copying, "pour", lambda self, stream, name, size: (self.target / name).touch())
+    monkeypatch.setattr(copying.Copying, "pour", lambda self, stream, name, size: (self.target / name).touch())
     with pytest.raises(UserError, match=r"0 instead of .* bytes in the copy of"), staged(source, tmp_path / "local"):
         pass
     assert copies(tmp_path / "local") == []
@@ -486,7 +486,7 @@ def test_a_full_disk(tmp_path, name):
             pass
         assert copies(local) == []
         with pytest.MonkeyPatch.context() as patch:  # the disk fills up after it has been looked at
-            patch.setattr(stage._Copying, "need", lambda self, size: None)
+            patch.setattr(copying.Copying, "need", lambda self, size: None)
             with pytest.raises(UserError, match="got a full disk"), staged(source, local, report=quiet):
                 pass
         assert copies(local) == []
