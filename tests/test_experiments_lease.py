@@ -72,6 +72,22 @@ def test_a_link_that_was_made_but_reported_as_failed_counts(tmp_path, monkeypatc
     assert issue(tmp_path, 1, {}) == tmp_path / "00000001.json"
 
 
+def test_what_killed_processes_leave_goes_with_the_next_holder(tmp_path):
+    """At once where the process is known to be dead, else after an hour."""
+    leases = tmp_path / "lease"
+    leases.mkdir()
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    mine = lease._temporary(leases, "00000009")
+    dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{gone.pid}."))
+    foreign, old, odd = leases / "now.n7.cluster-1-2.99.1.tmp", leases / "00000003.n7-1-2.99.1.tmp", leases / "x.tmp"
+    for path in (mine, dead, foreign, old, odd):
+        path.touch()
+    os.utime(old, (0, time.time() - 4000))
+    take(tmp_path, 10.0)
+    assert {path.name for path in leases.glob("*.tmp")} == {mine.name, foreign.name, odd.name}
+
+
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
     with held_elsewhere(tmp_path) as holder:
         assert state_of(tmp_path) == "running"

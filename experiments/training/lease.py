@@ -13,15 +13,17 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from experiments.errors import RunBusyError, UserError
-from experiments.training.files import read_json
+from experiments.training.files import TEMPORARY, read_json
 from experiments.training.place import slurm_start
 
 MISSED_BEATS = 6  # a holder is taken for dead after so many heartbeats have not come
@@ -99,7 +101,7 @@ def issue(folder: Path, number: int, said: dict) -> Path | None:
         UserError: the folder cannot be written.
     """
     target = folder / f"{number:08d}.json"
-    beside = folder / f"{number:08d}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp"
+    beside = _temporary(folder, f"{number:08d}")
     text = json.dumps(said).encode()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,9 +133,29 @@ def _issue_without_links(target: Path, text: bytes) -> Path | None:
     return target
 
 
+def _temporary(folder: Path, purpose: str) -> Path:
+    """A file for this thread alone; its name tells others when its process is gone."""
+    return folder / f"{purpose}.{_origin()}.{os.getpid()}.{threading.get_ident()}{TEMPORARY}"
+
+
+def _is_left_behind(path: Path, now: float) -> bool:
+    """Whether the process of a temporary file is dead or, where that cannot be told from here, an hour has passed."""
+    _, *words = path.name.split(".")  # purpose, origin (may have dots), process, thread, tmp
+    if ".".join(words[:-3]) == _origin():
+        return not _began(int(words[-3]))
+    return now - _modified(path) > 3600
+
+
+@cache
+def _origin() -> str:
+    """Where process ids mean what they mean here."""
+    here = this_process()
+    return f"{here['host']}-{here['boot'][:8]}-{re.sub(r'[^0-9]', '', here['processes'])}"
+
+
 def now_in(folder: Path) -> float:
     """The file system's own time; making a file also makes a network client look afresh."""
-    probe = folder / f"now.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.tmp"
+    probe = _temporary(folder, "now")
     try:
         probe.touch()
         return probe.stat().st_mtime
@@ -180,7 +202,7 @@ class Lease:
     def release(self) -> None:
         """Give the run back: the next one need not wait."""
         with suppress(OSError):
-            beside = self.path.with_suffix(f".{os.getpid()}.tmp")
+            beside = _temporary(self.path.parent, self.path.stem)
             beside.write_text(json.dumps(self._said | {"released": True}))
             if highest(self.path.parent)[0] == self.number:
                 os.replace(beside, self.path)
@@ -254,9 +276,10 @@ def _is_later(said: dict, other: dict) -> bool:
 
 
 def _remove_older(leases: Path, number: int) -> None:
+    now = now_in(leases)
     for path in leases.iterdir():
         old = path.stem.isdigit() and int(path.stem) < number
-        if old or (path.suffix == ".tmp" and now_in(leases) - _modified(path) > 3600):
+        if old or (path.suffix == TEMPORARY and _is_left_behind(path, now)):
             with suppress(OSError):
                 path.unlink()
 
