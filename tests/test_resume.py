@@ -14,12 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from analysis import tables
-from experiments.training import checkpoint
 from experiments.training.state import newest
+from tests.same_runs import assert_same, only_run
 
 ROOT = Path(__file__).parents[1]
 # 4 epochs of 11 steps with 4 evaluation batches each; checkpoints and log points fall out of step with epochs.
@@ -104,55 +101,6 @@ def undisturbed(machine, tmp_path_factory):
         return made[variant]
 
     return run
-
-
-def only_run(runs: Path) -> Path:
-    (folder,) = (runs / "quickstart").iterdir()
-    return folder
-
-
-def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith(("time/", "memory/"))]
-    return {tag: [(point.step, point.value) for point in events.Scalars(tag)] for tag in tags}
-
-
-def last_checkpoint(folder: Path) -> dict:
-    result = json.loads((folder / "result.json").read_text())
-    path = newest(folder / "checkpoints")
-    return checkpoint.load(path, result["config_hash"])
-
-
-def table(runs: Path, capsys) -> str:
-    capsys.readouterr()
-    assert tables.main(["--runs", str(runs), "--experiment", "quickstart", "--format", "md"]) == 0
-    return capsys.readouterr().out
-
-
-def assert_same(disturbed: Path, reference: Path, capsys) -> None:
-    mine, its = only_run(disturbed), only_run(reference)
-    assert mine.name == its.name
-    assert points(mine) == points(its)
-    results = [json.loads((folder / "result.json").read_text()) for folder in (mine, its)]
-    for key in ("weights_sha256", "metrics", "config_hash", "steps"):
-        assert results[0][key] == results[1][key]
-    states = [last_checkpoint(folder) for folder in (mine, its)]
-    for key in ("model", "optimizer", "ema", "scaler"):
-        assert_equal_trees(states[0][key], states[1][key])
-    assert table(disturbed, capsys) == table(reference, capsys)
-    assert not list(mine.glob("**/*.tmp"))
-
-
-def assert_equal_trees(a, b) -> None:
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal_trees(a[key], b[key])
-    elif isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 # In a first attempt rename number 1 is that of config.yaml and 2 that of provenance.json; later ones lack the first.

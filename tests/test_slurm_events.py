@@ -6,7 +6,6 @@ undisturbed run: weights, metrics, every TensorBoard point but times, the whole 
 checkpoint, the table. `pytest -m slow tests/test_slurm_events.py -n 4`: mostly waiting.
 """
 
-import json
 import os
 import random
 import shutil
@@ -19,9 +18,10 @@ from PIL import Image
 
 from experiments import cli
 from slurm import launch, preflight
+from tests.same_runs import assert_same, only_run
 from tests.slurm_cluster import make_cluster, needs_slurm  # noqa: F401
 from tests.slurm_events import SETTINGS, Submitted, contents, words
-from tests.test_resume import Machine, assert_equal_trees, last_checkpoint, only_run, points, table
+from tests.test_resume import Machine
 
 pytestmark = needs_slurm
 EVERY = 10  # steps between checkpoints where an event leaves no time to save
@@ -79,17 +79,8 @@ def check(undisturbed, capsys):
     def compare(run, event):
         settings = {key: value for key, value in run.settings.items() if not key.startswith("runtime.")}
         reference = undisturbed(run.ranks, settings)
-        mine, its = run.folder, only_run(reference)
-        assert mine.name == its.name
-        assert points(mine) == points(its)
-        results = [json.loads((folder / "result.json").read_text()) for folder in (mine, its)]
-        for key in ("weights_sha256", "metrics", "config_hash", "steps"):
-            assert results[0][key] == results[1][key]
-        states = [last_checkpoint(folder) for folder in (mine, its)]
-        for key in ("model", "optimizer", "ema", "scaler"):
-            assert_equal_trees(states[0][key], states[1][key])
-        assert table(run.runs, capsys) == table(reference, capsys)
-        assert not list((mine / "checkpoints").glob("*.tmp"))
+        assert run.folder == only_run(run.runs)
+        assert_same(run.runs, reference, capsys)
         assert not run.failure()
         assert all(len(steps) == 1 for steps in run.steps_of_starts()), "all ranks begin at the same step"
         run.report(event)
