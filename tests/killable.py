@@ -18,9 +18,7 @@ import socket
 import sys
 import time
 
-import sklearn.datasets  # noqa: F401  (imported here so that no child has to)
-import sklearn.model_selection  # noqa: F401
-import torch._dynamo  # noqa: F401
+import torch._dynamo  # noqa: F401  (imported here so that no child has to)
 
 import experiments.cli
 import experiments.training.run

@@ -22,7 +22,7 @@ from experiments.training.files import write_atomically, write_json
 
 SNAPSHOT = "snapshot.json"  # in a copy of the code that jobs run from: what it is a copy of
 _ROOT = Path(__file__).parents[2]
-_PACKAGES = ("torch", "torchvision", "numpy", "scikit-learn", "hydra-core", "tensorboard")
+_PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "tensorboard")
 
 
 @dataclass(frozen=True)
