@@ -76,7 +76,14 @@ def test_a_failing_run_stops_no_other(tmp_path, capsys):
     assert sorted(path.parent.name.split("-")[-2] for path in tmp_path.rglob("result.json")) == ["s1"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGKILL)),
+    ],
+    ids=lambda number: number.name,
+)
 def test_a_grid_that_is_stopped_leaves_checkpoints_and_no_process(tmp_path, number):
     """Also when the grid's own process is killed; the same command continues."""
     choice = ["model=resnet_small", "model.width=8", "seed=0", "method=tract", "epochs=20", "runtime.threads=1"]

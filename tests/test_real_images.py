@@ -33,7 +33,7 @@ def extract(archive: str, to: Path, per_class: int) -> None:
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("cifar10-jpeg")
-    extract("cifar10-jpeg.tar.gz", root, per_class=20)
+    extract("cifar10-jpeg.tar.gz", root, per_class=8)
     return root
 
 
@@ -55,8 +55,8 @@ def train(experiment: str, runs: Path, *choices: str) -> dict:
 @pytest.mark.parametrize("method", ["vanilla", "tract"])
 @pytest.mark.parametrize("experiment", ["cifar_resnet", "cifar_vit"])
 def test_cifar_networks_train_on_real_images(cifar, tmp_path, experiment, method):
-    result = train(experiment, tmp_path, f"data.root={cifar}", f"method={method}", "batch_size=40", "max_steps=6")
-    assert result["steps"] == 6
+    result = train(experiment, tmp_path, f"data.root={cifar}", f"method={method}", "batch_size=16", "max_steps=4")
+    assert result["steps"] == 4
     assert 0 <= result["metrics"]["test/top1"] <= 100
     assert result["metrics"]["test/loss"] < 20
 

@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from dataclasses import dataclass, field
 
@@ -160,8 +161,9 @@ def stop_while_the_controller_is_away(run):
     """srun itself waits for the controller then."""
     run.save_controller()
     run.bed.stop_slurmctld()
-    run.kill(run.supervisors() + run.training(), signal.SIGUSR2)
-    run.until(lambda: not run.supervisors(), "the supervisor's end")
+    ranks = range(run.ranks)
+    run.kill([pid for rank in ranks for pid in run.supervisors(rank) + run.training(rank)], signal.SIGUSR2)
+    run.until(lambda: not any(run.supervisors(rank) for rank in ranks), "the supervisors' end")
     run.bed.start_slurmctld()
 
 
@@ -197,14 +199,17 @@ EVENTS = [
     Event("preemption, USR2", preempt),
     Event("preemption, TERM only", preempt, bed=TERM_ONLY),
     Event("preemption, GraceTime=0", preempt, profile={"partition": "abrupt"}),
-    Event("kill -9 of the training process", kill_training, saves=False, quick=True),
+    Event("kill -9 of the training process", kill_training, saves=False),
     Event("kill -9 of the supervisor", kill_supervisor),
     Event("node set down", set_node_down),
     Event("slurmd dead for a while", stop_slurmd_for_a_while, saves=False, brake=SLOWLY),
     Event("USR2", usr2, ranks=2),
     Event("TERM, then USR2", term_usr2, ranks=2),
     Event("scontrol requeue", requeue, ranks=2),
+    Event("USR2 while the controller is away", stop_while_the_controller_is_away, ranks=2),
+    Event("preemption, USR2", preempt, ranks=2),
     Event("preemption, TERM only", preempt, ranks=2, bed=TERM_ONLY),
+    Event("preemption, GraceTime=0", preempt, ranks=2, profile={"partition": "abrupt"}),
     Event("kill -9 of rank 0's training process", kill_training, ranks=2, saves=False),
     Event("kill -9 of rank 1's training process", kill_training_1, ranks=2, saves=False),
     Event("kill -9 of rank 0's supervisor", kill_supervisor, ranks=2),
@@ -328,11 +333,11 @@ def test_controller_dies_before_it_can_requeue(submit, check, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
-def test_signals_before_anybody_listens(submit, check, seed):
+@pytest.mark.parametrize(("seed", "ranks"), [(0, 1), (1, 1), (2, 1), (3, 2)])
+def test_signals_before_anybody_listens(submit, check, seed, ranks):
     """At random moments of the job's first two seconds, at every one of three starts."""
     draw = random.Random(seed)
-    run = submit(**{"runtime.checkpoint_steps": NEVER})
+    run = submit(ranks, **{"runtime.checkpoint_steps": NEVER})
     for start in range(3):
         run.until(lambda start=start: run.in_queue()[1:3] == ("RUNNING", start), f"start {start}")
         for _ in range(draw.randint(1, 3)):
@@ -361,13 +366,15 @@ def test_requeue_of_a_finished_run_changes_nothing(submit, check):
     check(run, "requeue of a finished run")
 
 
-def test_cancelled_and_retried(submit, check):
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_cancelled_and_retried(submit, check, ranks):
     """scancel is no requeue: the job stays away until a person submits the run again."""
-    run = submit(**{"runtime.checkpoint_steps": NEVER})
+    run = submit(ranks, **{"runtime.checkpoint_steps": NEVER})
     step = run.until_step(10)
     run.bed.run("scancel", run.job)
     run.until_state("CANCELLED")
-    run.until(lambda: not run.training() and not run.supervisors(), "the processes' end")
+    run.until(lambda: not any(run.training(k) + run.supervisors(k) for k in range(ranks)), "the processes' end")
     assert run.in_queue().restarts == 0
     first = run.job
     assert launch.retry([run.folder]) == 0
@@ -451,18 +458,20 @@ def test_failures_are_named_and_not_repeated(submit, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_a_faulty_node_is_avoided(submit, check, tmp_path):
-    """The first node that comes has lost the GPU that Slurm promises; the job goes to another one."""
-    lost = f'[ "$(cat {tmp_path}/faulty)" != "$SLURMD_NODENAME" ]'
-    setup = [
-        f'[ -e {tmp_path}/faulty ] || echo "$SLURMD_NODENAME" > {tmp_path}/faulty',
-        f"{lost} || export SLURM_JOB_GPUS=0 CUDA_VISIBLE_DEVICES=",
-    ]
-    run = submit(profile={"setup": setup}, brake=0.0)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_faulty_node_is_avoided(submit, check, tmp_path, rank):
+    """The node of this (the last) rank has lost the GPU that Slurm promises; the job goes on without that node."""
+    python = tmp_path / "python"
+    python.write_text(f"""#!/bin/sh
+[ -e {tmp_path}/faulty ] || [ "$SLURM_PROCID" != {rank} ] || echo "$SLURMD_NODENAME" > {tmp_path}/faulty
+[ "$(cat {tmp_path}/faulty)" != "$SLURMD_NODENAME" ] || export SLURM_JOB_GPUS=0 CUDA_VISIBLE_DEVICES=
+exec {sys.executable} "$@"
+""")
+    python.chmod(0o755)
+    run = submit(rank + 1, profile={"python": str(python)}, brake=0.0)
     run.until_attempts(2)
     run.until_finished()
-    faulty, good = run.attempts()
-    assert faulty["outcome"] == "node"
-    assert faulty["node"] == (tmp_path / "faulty").read_text().strip() != good["node"]
-    assert f"ExcNodeList={faulty['node']}" in run.bed.run("scontrol", "show", "job", run.job)
+    name = (tmp_path / "faulty").read_text().strip()
+    assert [attempt["outcome"] for attempt in run.attempts()] == ["node", "finished"]
+    assert f"ExcNodeList={name}" in run.bed.run("scontrol", "show", "job", run.job)
     check(run, "a faulty node")

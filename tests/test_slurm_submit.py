@@ -1,6 +1,6 @@
 """--submit on a real Slurm: grids, packing, trouble with disks and data, what code runs, ranks by srun.
 
-What can happen to a job is tested in test_slurm_events.py. `pytest -m slow` runs the rest of this file.
+What can happen to a job is tested in test_slurm_events.py. `pytest -m slow` runs most of this file.
 """
 
 import os
@@ -129,6 +129,7 @@ def table(login: Login, runs: Path) -> str:
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_grid_is_trained_as_on_this_machine(login, tmp_path):
     """Twelve runs, three at a time; submitted again at once and at the end; the table is that of a run without jobs."""
     assert "Submitted 12 runs in 12 jobs, at most 3 at a time" in login.submit("cluster.parallel=3")
@@ -227,6 +228,7 @@ def test_a_grid_larger_than_an_array_is_several(login):
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_of_four_runs_on_a_gpu_one_fails_alone(login):
     """One job, one (pretended) GPU for all four; the learning rate of one is absurd."""
     choice = [*ONE, "optim.lr=0.003,0.004,0.005,1e20", "runtime.gpus=1", "runtime.device=cpu"]
@@ -297,6 +299,7 @@ def test_a_full_disk_is_a_failure_that_retry_cures(login, tmp_path):
 
 
 @needs_slurm
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_written_is_said_in_the_jobs_log(login):
     """Nothing can be recorded in the folder itself; the job does not hang, and later the run can be submitted."""
     login.submit(*ONE, HELD)

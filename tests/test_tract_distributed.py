@@ -1,6 +1,8 @@
+import multiprocessing
+
 import pytest
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
+from torch.multiprocessing import ProcessRaisedException, start_processes
 
 from tests import tract_distributed_worker as worker
 
@@ -9,7 +11,8 @@ pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was 
 
 def _check(law, world, folder):
     """Run a law of `tract_distributed_worker` on every rank; an error of any rank is raised here."""
-    multiprocessing.spawn(worker.main, args=(world, folder / "init", law.__name__), nprocs=world)
+    multiprocessing.set_forkserver_preload([worker.__name__])  # imports torch once for the ranks of all tests
+    start_processes(worker.main, args=(world, folder / "init", law.__name__), nprocs=world, start_method="forkserver")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -30,5 +33,5 @@ def test_law_on_two_ranks(law, tmp_path):
 
 
 def test_a_failing_rank_fails_the_test(tmp_path):
-    with pytest.raises(multiprocessing.ProcessRaisedException, match="AssertionError"):
+    with pytest.raises(ProcessRaisedException, match="AssertionError"):
         _check(worker.failing_law, 2, tmp_path)
