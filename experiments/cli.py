@@ -135,7 +135,11 @@ def _cluster(overrides: dict[str, list]) -> Any:
 
 def _single(key: str, values: list) -> Any:
     if len(values) > 1:
-        raise UserError(f"expected one {key}, got {key}={','.join(map(str, values))}; start one after another.")
+        given = ",".join(map(str, values))
+        raise UserError(
+            f"expected one {key}, got {key}={given}; start one after another, or, if that is one value, "
+            f"quote it: '{key}=\"{given}\"'."
+        )
     return values[0]
 
 
