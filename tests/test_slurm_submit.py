@@ -202,23 +202,11 @@ def test_what_happens_to_one_element_of_an_array_happens_to_no_other(login):
 
 @needs_slurm
 @pytest.mark.slow
-def test_two_submitters_at_once_train_everything_once(login):
-    processes = [login.start(*login.submitting("cluster.parallel=4")) for _ in range(2)]
-    for process in processes:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said
-    login.wait()
-    assert [state_of(folder) for folder in login.folders()] == ["finished"] * 12
-    assert all(len(ledger.attempts(folder)) == 1 for folder in login.folders())
-
-
-@needs_slurm
-@pytest.mark.slow
 def test_a_grid_larger_than_an_array_is_several(login):
-    choice = [*ONE[:2], "seed=range(8)", "cluster.max_array_size=3", "cluster.parallel=6"]
-    assert "Submitted 8 runs in 8 jobs, at most 6 at a time" in login.submit(*choice)
+    choice = [*ONE[:2], "seed=range(5)", "cluster.max_array_size=2", "cluster.parallel=6"]
+    assert "Submitted 5 runs in 5 jobs, at most 5 at a time" in login.submit(*choice)
     login.wait()
-    assert [state_of(folder) for folder in login.folders()] == ["finished"] * 8
+    assert [state_of(folder) for folder in login.folders()] == ["finished"] * 5
     assert all(len(ledger.attempts(folder)) == 1 for folder in login.folders())
     arrays = {read_json(ledger.newest_claim(folder))["job"].split("_")[0] for folder in login.folders()}
     assert len(arrays) == 3
