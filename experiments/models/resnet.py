@@ -1,6 +1,6 @@
 """Residual networks for small images, from torchvision's blocks.
 
-The CIFAR ResNet-18/34/50 are torchvision's networks with a 3x3, stride-1 first convolution.
+The CIFAR ResNet-18/34/50/101/152 are torchvision's networks with a 3x3, stride-1 first convolution.
 In the TrAct authors' CIFAR-10 script the 3x3, stride-2 max-pool is kept and convolutions
 start from Kaiming's normal initialisation (``maxpool=True, kaiming=True``); in the CIFAR-100
 table there is no max-pool and PyTorch's own initialisation (both False, the defaults).
@@ -33,6 +33,20 @@ def resnet50(
 ) -> nn.Module:
     """ResNet-50 for CIFAR: 23,705,252 parameters with 100 classes."""
     return _cifar_resnet(torchvision_resnet.resnet50, num_classes, in_channels, maxpool, kaiming)
+
+
+def resnet101(
+    num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
+) -> nn.Module:
+    """ResNet-101 for CIFAR: 42,697,380 parameters with 100 classes."""
+    return _cifar_resnet(torchvision_resnet.resnet101, num_classes, in_channels, maxpool, kaiming)
+
+
+def resnet152(
+    num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
+) -> nn.Module:
+    """ResNet-152 for CIFAR: 58,341,028 parameters with 100 classes."""
+    return _cifar_resnet(torchvision_resnet.resnet152, num_classes, in_channels, maxpool, kaiming)
 
 
 def _cifar_resnet(constructor, num_classes: int, in_channels: int, maxpool: bool, kaiming: bool) -> nn.Module:
