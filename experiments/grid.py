@@ -8,6 +8,7 @@ the axis is named after, or a mapping of several keys (then the axis's name is f
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def points(grid: dict[str, Any], choices: dict[str, list[Any]]) -> list[Point]:
             axes.append(_axis(key, values))
     runs = [dict(fixed) | _merged(parts) for parts in itertools.product(*axes)]
     for key, values in choices.items():
-        present = list(dict.fromkeys(run[key] for run in runs if key in run))
+        present = _distinct(run[key] for run in runs if key in run)
         runs = [run for run in runs if key not in run or run[key] in values]
         if not runs or not any(key in run for run in runs):
             raise UserError(f"no run of the grid has {key}={_words(values)}; it has {_words(present)}.")
@@ -95,6 +96,15 @@ def _axis(name: str, values: list[Any]) -> list[Point]:
 
 def _merged(parts: tuple[Point, ...]) -> Point:
     return {key: value for part in parts for key, value in part.items()}
+
+
+def _distinct(values: Iterable[Any]) -> list[Any]:
+    """In the order of their first appearance; values may be lists."""
+    kept: list[Any] = []
+    for value in values:
+        if value not in kept:
+            kept.append(value)
+    return kept
 
 
 def _words(values: list[Any]) -> str:

@@ -17,7 +17,17 @@ TINY = {
 METHODS = {
     "vanilla": {},
     "tract": {"method.lambda_": 0.1},
+    "patchnorm": {},
+    "dual_patchnorm": {},
 }
+# Methods that need a patch embedding, which the convolutions of resnet_small are not.
+ON_PATCHES = ("patchnorm", "dual_patchnorm")
+METHODS_AND_MODELS = [
+    (method, model)
+    for method in METHODS
+    for model in ("vit_small", "resnet_small")
+    if model != "resnet_small" or method not in ON_PATCHES
+]
 
 
 def tiny_config(folder, method="vanilla", **overrides) -> Config:

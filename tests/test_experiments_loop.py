@@ -22,7 +22,7 @@ from experiments.training.parallel import Ranks
 from experiments.training.randomness import seed_torch
 from experiments.training.run import folder_of, result_of, run
 from experiments.training.state import newest
-from tests.cases import METHODS, tiny_config
+from tests.cases import METHODS, METHODS_AND_MODELS, tiny_config
 from tract.methods.base import Method
 
 SGD = {"optim": "sgd", "optim__lr": 0.05}
@@ -213,8 +213,7 @@ def test_the_table_has_every_method():
     assert set(METHODS) == set(choices_of("method"))
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("model", ["vit_small", "resnet_small"])
+@pytest.mark.parametrize(("method", "model"), METHODS_AND_MODELS)
 def test_every_method_learns_and_the_optimizer_has_exactly_the_models_parameters(method, model, tmp_path, monkeypatch):
     after_step, seen = Trainer._after_step, []
 

@@ -51,9 +51,9 @@ def apply_tract(
             raise ValueError(
                 f"expected a plain model, got TrAct on {name!r} already; tract.unwrap(model) takes it off."
             )
-    if layer is None:
-        layer = _first_layer(model) if example is None else _first_reached(model, example)
-    plain = _named_layer(model, layer)
+    if layer is None and example is not None:
+        layer = _first_reached(model, example)
+    layer, plain = find_layer(model, layer)
     wrapped = TrAct(plain, lambda_, l=l, statistics=statistics)
     wrapped.label = layer
     replace_module(model, plain, wrapped)
@@ -81,6 +81,16 @@ def unwrap(model: nn.Module) -> nn.Module:
     for wrapped in layers:
         replace_module(model, wrapped, unwrapped(wrapped))
     return model
+
+
+def find_layer(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
+    """The layer of this name, or without one the first Linear or Conv layer in order of registration.
+
+    Raises:
+        ValueError: no such layer, or none at all.
+    """
+    name = _first_layer(model) if name is None else name
+    return name, _named_layer(model, name)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:

@@ -102,8 +102,8 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
         "dirty": code.dirty,
         "diff": patch,
         "untracked": code.untracked[:100],
-        "packages": _versions(),
-        "hardware": _hardware(device),
+        "packages": versions(),
+        "hardware": hardware(device),
         "world_size": ranks,
         "data": data,
         "resumed_from_step": step,
@@ -125,7 +125,8 @@ def _earlier_attempts(path: Path) -> list[dict]:
     return []
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of Python and the packages that compute."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:
@@ -135,7 +136,8 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _hardware(device: torch.device) -> dict:
+def hardware(device: torch.device) -> dict:
+    """The device, the machine's cores, torch's threads and the host."""
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "cores": os.cpu_count(),

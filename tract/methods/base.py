@@ -32,7 +32,11 @@ class Method:
         """Give the model the shapes of these saved weights, before they are loaded."""
 
     def param_groups(self, model: nn.Module) -> list[dict]:
-        """Parameter groups for the optimizer; every parameter in exactly one."""
+        """Parameter groups for the optimizer; every parameter in exactly one.
+
+        A group of the first layer's parameters alone may say so by ``"first_layer": True``, for
+        optimizers that treat this layer in another way; other optimizers take no notice.
+        """
         return [{"params": list(model.parameters())}]
 
     def before_step(self, model: nn.Module, step: int) -> None:

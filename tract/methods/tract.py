@@ -31,6 +31,12 @@ class TrActMethod(Method):
         name = apply_tract(model, self.lambda_, layer=self.layer, statistics=self.statistics)
         return f"TrAct (lambda {self.lambda_:g}) on {name}: {model.get_submodule(name)}"
 
+    def param_groups(self, model: nn.Module) -> list[dict]:
+        """All but the layer's parameters, then the layer's, which are marked by ``first_layer``."""
+        first = dict.fromkeys(parameter for layer in tract_layers(model) for parameter in layer.parameters())
+        others = [parameter for parameter in model.parameters() if parameter not in first]
+        return [{"params": others}, {"params": list(first), "first_layer": True}]
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """Exact gradient of all micro-batches together."""
         return accumulate(model)
