@@ -1,17 +1,20 @@
 import dataclasses
 import os
+import random
 import subprocess
 import sys
+from collections import Counter
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 from scipy import stats
 from torchvision.transforms import v2
 
-from experiments.training.augment import crop_flip, normalise, resized_crop_flip
+from experiments.training.augment import ONE_BY_ONE, augment_one, crop_flip, normalise, pipeline, rotate
 from experiments.training.data import Batches
 from experiments.training.datasets import ImageData, Split
 from experiments.training.parallel import Ranks
@@ -136,15 +139,55 @@ def test_normalise_equals_torchvision():
     torch.testing.assert_close(normalise(images, torch.tensor(mean), torch.tensor(std)), expected)
 
 
-def test_resized_crops_are_a_function_of_their_draws_and_leave_torchs_generator_alone():
+@pytest.mark.parametrize("kind", ONE_BY_ONE)
+def test_pipelines_of_single_images_depend_on_the_seed_alone(kind):
+    """And leave the generators of torch, numpy and Python as they were."""
     image = _images(1, size=40)[0]
-    draws = torch.rand(200, 3, dtype=torch.float64)
-    before = torch.get_rng_state()
-    results = [resized_crop_flip(image, row, 12) for row in draws]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(result.shape == (3, 12, 12) for result in results)
-    assert all(torch.equal(resized_crop_flip(image, row, 12), r) for row, r in zip(draws, results, strict=True))
-    assert len({result.numpy().tobytes() for result in results}) > 190
+    seeds = torch.rand(60, dtype=torch.float64).tolist()
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    results = [augment_one(image, seed, kind, 12, "bicubic") for seed in seeds]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
+    assert all(result.shape == (3, 12, 12) and result.dtype == torch.uint8 for result in results)
+    again = [augment_one(image, seed, kind, 12, "bicubic") for seed in seeds]
+    assert all(map(torch.equal, results, again))
+    assert len({result.numpy().tobytes() for result in results}) > 50
+
+
+def test_three_augment_makes_exactly_one_of_three_changes():
+    """Of a smooth colour image: grey, or inverted above 128, or blurred; a third each; jitter taken away."""
+    transforms = pipeline("three_augment", 16, "bicubic").transforms
+    secondary = transforms[2].transforms[0]  # without the colour jitter
+    assert [type(t).__name__ for t in transforms[2].transforms[1:]] == ["ColorJitter"]
+    levels = np.arange(0, 256, 16)
+    ramp = np.stack(np.broadcast_arrays(levels[:, None], 255 - levels, 90), 2).astype("uint8")
+    image, kinds = Image.fromarray(ramp), Counter()
+    solarised = np.array(ImageOps.solarize(image, 128))
+    for seed in range(300):
+        random.seed(seed)
+        np.random.seed(seed)
+        result = np.array(secondary(image)).astype(int)
+        if (result.max(2) == result.min(2)).all():
+            kinds["grey"] += 1
+        elif np.array_equal(result, solarised):
+            kinds["solarised"] += 1
+        else:
+            kinds["blurred"] += 1
+            assert abs(result.mean() - ramp.mean()) < 3
+    assert all(60 < kinds[kind] < 140 for kind in ("grey", "solarised", "blurred")), kinds
+
+
+def test_rotation_looks_up_the_pixels_that_pillow_does():
+    images, draws = _images(64, size=32), torch.rand(64, dtype=torch.float64)
+    rotated = rotate(images, draws, 15.0)
+    differ = 0
+    for image, draw, ours in zip(images, draws, rotated, strict=True):
+        theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).rotate((2 * draw.item() - 1) * 15.0)
+        differ += (torch.from_numpy(np.array(theirs)).permute(2, 0, 1) != ours).any(0).sum().item()
+    assert differ <= 64 * 32 * 32 / 1000  # Pillow computes with 16 binary places
+    assert torch.equal(rotate(images, torch.full((64,), 0.5, dtype=torch.float64), 15.0), images)
+    quarter = rotate(images, torch.full((64,), 1.0, dtype=torch.float64), 90.0)
+    assert torch.equal(quarter, torch.rot90(images, 1, (2, 3)))
 
 
 # -- batches ---------------------------------------------------------------------------------------
@@ -186,11 +229,29 @@ def test_an_images_draws_belong_to_the_image_not_to_its_place():
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_loader_processes_give_the_same_bytes_as_memory(workers):
-    for augment in ("crop_flip", "none"):
-        memory, loaded = (_data(in_memory=kept, augment=augment) for kept in (True, False))
+    for augment, rotation, repeats in (("crop_flip", 0.0, 1), ("none", 0.0, 1), ("crop_flip", 20.0, 3)):
+        memory, loaded = (_data(in_memory=kept, augment=augment, rotation=rotation) for kept in (True, False))
         first = workers  # entered in the middle too
-        _same(_batches(memory).train(1, first), _batches(loaded, workers=workers).train(1, first))
+        here = _batches(memory, repeats=repeats).train(1, first)
+        _same(here, _batches(loaded, workers=workers, repeats=repeats).train(1, first))
     _same(_batches(memory).test(), _batches(loaded, workers=workers).test())
+
+
+def test_repeated_augmentation_shows_copies_of_a_third_of_the_images():
+    """Beside each other, each copy augmented by draws of its own; another third in the next epoch."""
+    for epoch in range(3):
+        order = epoch_order(7, epoch, 53, repeats=3)
+        assert len(order) == 53
+        assert len(set(order.tolist())) == 53, "no sample twice"
+        seen = (order % 53).tolist()
+        assert [len(set(seen[k : k + 3])) for k in range(0, 51, 3)] == [1] * 17
+        assert len(set(seen)) == 18
+        assert seen[::3] == epoch_order(7, epoch, 53)[:18].tolist()
+    data = _data(train=48)
+    ((first, labels), *_) = _batches(data, repeats=3).train(0)
+    assert torch.equal(labels[0:15:3], labels[1:15:3])
+    assert sum(not torch.equal(first[k], first[k + 1]) for k in range(0, 15, 3)) >= 3
+    assert [len(part[1]) for part in _batches(data, repeats=3).train(0)] == [16, 16, 16]
 
 
 def test_resized_crops_do_not_depend_on_loader_processes():

@@ -10,7 +10,9 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,10 +20,21 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.errors import UserError
-from experiments.training.augment import DRAWS, center_crop, crop_flip, normalise, resized_crop_flip
+from experiments.training.augment import (
+    DRAWS,
+    PIPELINES,
+    augment_one,
+    center_crop,
+    crop_flip,
+    normalise,
+    random_box,
+    resized_crop_flip,
+    resized_side,
+    rotate,
+)
 from experiments.training.datasets import ImageData, Split
 from experiments.training.parallel import Ranks
-from experiments.training.randomness import epoch_draws, epoch_order
+from experiments.training.randomness import epoch_angles, epoch_draws, epoch_order
 
 Batch = tuple[Tensor, Tensor]
 
@@ -34,6 +47,7 @@ class Batches:
         seed: decides order and augmentation.
         batch_size: images per optimizer step over all ranks.
         drop_last: leave out the last, smaller batch of an epoch.
+        repeats: copies of each image in an epoch, of images / repeats images (repeated augmentation).
         overfit: use only the first so many batches of epoch 0, unaugmented, in every epoch.
         eval_batch_size: images per evaluation batch of one rank.
         workers: loader processes, for data that is not in memory.
@@ -48,13 +62,14 @@ class Batches:
         seed: int,
         batch_size: int,
         drop_last: bool,
+        repeats: int = 1,
         overfit: int | None,
         eval_batch_size: int,
         workers: int,
         ranks: Ranks,
         device: torch.device,
     ):
-        self.data, self.seed, self.batch_size, self.overfit = data, seed, batch_size, overfit
+        self.data, self.seed, self.batch_size, self.overfit, self.repeats = data, seed, batch_size, overfit, repeats
         self.eval_batch_size, self.workers, self.ranks, self.device = eval_batch_size, workers, ranks, device
         self.mean, self.std = (torch.tensor(numbers, device=device) for numbers in (data.mean, data.std))
         images = len(data.train)
@@ -68,17 +83,18 @@ class Batches:
         self.steps_per_epoch = images // batch_size + (last > 0)
         if overfit is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, overfit)
-        self._memory = None
+        self._memory = self._loader = None
+        self._requests: list[_Request] = []
         if data.in_memory:
             splits = {"train": data.train, "test": data.test}
             self._memory = {name: (s.images.to(device), s.labels.to(device)) for name, s in splits.items()}
 
     def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This rank's share of the batches of an epoch (from 0), starting at batch ``first``."""
-        order = epoch_order(self.seed, 0 if self.overfit else epoch, len(self.data.train))
+        order = epoch_order(self.seed, 0 if self.overfit else epoch, len(self.data.train), self.repeats)
         shares = [self._share(order, step) for step in range(first, self.steps_per_epoch)]
         if self._memory is None:
-            return self._loaded(self.data.train, shares, None if self.overfit else epoch)
+            return self._loaded("train", shares, None if self.overfit else epoch)
         return self._augmented(shares, epoch)
 
     def test(self) -> Iterator[Batch]:
@@ -87,7 +103,7 @@ class Batches:
         rounds = -(-len(self.data.test) // (self.ranks.size * self.eval_batch_size))
         shares = np.array_split(mine, rounds)
         if self._memory is None:
-            return self._loaded(self.data.test, shares, None)
+            return self._loaded("test", shares, None)
         images, labels = self._memory["test"]
         index = (torch.from_numpy(share).to(self.device) for share in shares)
         return ((normalise(images[i], self.mean, self.std), labels[i]) for i in index)
@@ -102,58 +118,142 @@ class Batches:
 
     def _augmented(self, shares: list[np.ndarray], epoch: int) -> Iterator[Batch]:
         images, labels = self._memory["train"]
-        draws = torch.from_numpy(epoch_draws(self.seed, epoch, len(images), DRAWS)).to(self.device)
-        plain = self.overfit is not None or self.data.augment == "none"
+        draws = _Draws(self.data, self.seed, epoch, self.repeats * len(images), self.device)
         for share in shares:
-            index = torch.from_numpy(share).to(self.device)
+            samples = torch.from_numpy(share)
+            index = (samples % len(images)).to(self.device)
             batch = images[index]
-            if not plain:
-                batch = crop_flip(batch, draws[index], self.data.padding, self.data.flip)
+            if self.overfit is None:
+                batch = draws.augmented(batch, samples)
             yield normalise(batch, self.mean, self.std), labels[index]
 
-    def _loaded(self, split: Split, shares: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
-        full = [share.tolist() for share in shares if len(share)]
-        loader = DataLoader(
-            _Samples(split, self.data, self.seed, epoch),
-            batch_sampler=full,
-            num_workers=self.workers,
-            pin_memory=self.device.type == "cuda",
-            worker_init_fn=_leave_signals_to_the_trainer,
-            generator=torch.Generator().manual_seed(0),
-        )
+    def close(self) -> None:
+        """End the loader processes; the next batch starts new ones."""
+        self._loader, self._requests = None, []
+
+    def _loaded(self, split: str, shares: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
+        full = [(split, epoch, share.tolist()) for share in shares if len(share)]
         try:
-            for images, labels in loader:
+            for images, labels in self._answers(full):
                 images, labels = (part.to(self.device, non_blocking=True) for part in (images, labels))
                 yield normalise(images, self.mean, self.std), labels
         except UserError as error:  # from a loader process it comes with a traceback in its text
+            self.close()
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
         for _ in range(len(shares) - len(full)):
             size = self.data.image_size
-            yield self.mean.new_empty(0, self.data.channels, size, size), split.labels[:0].to(self.device)
+            labels = getattr(self.data, split).labels[:0].to(self.device)
+            yield self.mean.new_empty(0, self.data.channels, size, size), labels
+
+    def _answers(self, requests: list[_Request]) -> Iterator[Batch]:
+        """What the loader makes of each request; its processes stay from epoch to epoch."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                _Samples(self.data, self.seed, self.repeats),
+                batch_sampler=_Latest(self),
+                num_workers=self.workers,
+                persistent_workers=self.workers > 0,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_trainer,
+                generator=torch.Generator().manual_seed(0),
+            )
+        self._requests = requests
+        for batch in self._loader:
+            if self._requests is not requests:
+                raise RuntimeError("expected one pass over loaded batches at a time, got a second one inside it")
+            yield batch
+
+
+_Request = tuple[str, int | None, list[int]]  # split, epoch to augment for (or None) and samples of a batch
+
+
+class _Latest:
+    """The requests of the latest pass, asked for again at the start of each."""
+
+    def __init__(self, batches: Batches):
+        self._batches = weakref.ref(batches)
+
+    def __iter__(self) -> Iterator[_Request]:
+        return iter(self._batches()._requests)
+
+
+class _Draws:
+    """All random numbers of an epoch, and what becomes of images by them, in batches or one by one.
+
+    Args:
+        data: says what is done.
+        seed: of the run.
+        epoch: from 0.
+        samples: copies of all images.
+        device: where the images are.
+    """
+
+    def __init__(self, data: ImageData, seed: int, epoch: int, samples: int, device: torch.device):
+        self._data = data
+        draws = epoch_draws(seed, epoch, samples, DRAWS) if data.augment != "none" else np.empty((0, DRAWS))
+        angles = epoch_angles(seed, epoch, samples) if data.rotation else np.empty(0)
+        self._draws, self._angles = torch.from_numpy(draws).to(device), torch.from_numpy(angles)
+
+    def augmented(self, images: Tensor, samples: Tensor) -> Tensor:
+        """A batch of images, (batch, channels, height, width), which are these samples."""
+        if self._data.augment == "crop_flip":
+            draws = self._draws[samples.to(self._draws.device)]
+            images = crop_flip(images, draws, self._data.padding, self._data.flip)
+        return rotate(images, self._angles[samples], self._data.rotation) if self._data.rotation else images
+
+    def augmented_one(self, split: Split, sample: int) -> Tensor:
+        """One image of any size, which is this sample, as (channels, size, size)."""
+        data, index, draws = self._data, sample % len(split), self._draws[sample : sample + 1]
+        if data.augment == "resized_crop":
+            image = split.image(index, partial(_spare_for_crop, draws[0], data.image_size))
+            image = resized_crop_flip(image, draws[0], data.image_size, data.interpolation)
+        elif data.augment in PIPELINES:
+            image = augment_one(
+                split.image(index), draws[0, 0].item(), data.augment, data.image_size, data.interpolation
+            )
+        else:
+            return self.augmented(_plain(split, index, data)[None], torch.tensor([sample]))[0]
+        return rotate(image[None], self._angles[[sample]], data.rotation)[0] if data.rotation else image
+
+
+def _plain(split: Split, index: int, data: ImageData) -> Tensor:
+    """An image as evaluation sees it."""
+    size = data.image_size
+    image = split.image(index, partial(_spare_for_centre, size, data.crop_ratio))
+    return image if image.shape[1:] == (size, size) else center_crop(image, size, data.crop_ratio, data.interpolation)
+
+
+def _spare_for_crop(draws: Tensor, size: int, height: int, width: int) -> float:
+    (_, _, *sides), _ = random_box(draws, height, width)
+    return min(sides) / size
+
+
+def _spare_for_centre(size: int, ratio: float, height: int, width: int) -> float:
+    return min(height, width) / resized_side(size, ratio)
 
 
 class _Samples(Dataset):
-    """One image at a time for loader processes: augmented for an epoch, or plain (None)."""
+    """Batches of single images for loader processes: augmented for an epoch, or plain (None)."""
 
-    def __init__(self, split: Split, data: ImageData, seed: int, epoch: int | None):
-        self.split, self.data = split, data
-        augmented = epoch is not None and data.augment != "none"
-        self.draws = torch.from_numpy(epoch_draws(seed, epoch, len(split), DRAWS)) if augmented else None
+    def __init__(self, data: ImageData, seed: int, repeats: int):
+        self.data, self.seed, self.repeats = data, seed, repeats
+        self._epoch, self._draws = None, None
 
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, size = self.split.image(index), self.data.image_size
-        if self.draws is not None and self.data.augment == "resized_crop":
-            image = resized_crop_flip(image, self.draws[index], size)
+    def __getitems__(self, request: _Request) -> list[tuple[Tensor, int]]:
+        name, epoch, samples = request
+        split = getattr(self.data, name)
+        labels = split.labels[torch.tensor(samples) % len(split)].tolist()
+        if epoch is None:
+            images = (_plain(split, sample % len(split), self.data) for sample in samples)
         else:
-            if image.shape[1:] != (size, size):
-                image = center_crop(image, size)
-            if self.draws is not None:
-                draws = self.draws[index : index + 1]
-                image = crop_flip(image[None], draws, self.data.padding, self.data.flip)[0]
-        return image, int(self.split.labels[index])
+            images = map(partial(self._draws_of(epoch, len(split)).augmented_one, split), samples)
+        return list(zip(images, labels, strict=True))
+
+    def _draws_of(self, epoch: int, images: int) -> _Draws:
+        if self._epoch != epoch:
+            self._draws = _Draws(self.data, self.seed, epoch, self.repeats * images, torch.device("cpu"))
+            self._epoch = epoch
+        return self._draws
 
 
 @atexit.register

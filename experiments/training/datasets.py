@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import os
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.datasets import CIFAR10, CIFAR100
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 from experiments.errors import UserError
+from experiments.training.augment import IN_BATCHES, ONE_BY_ONE
+from experiments.training.decode import Spare, decode
+from experiments.training.listing import SUFFIXES, Listing
+from experiments.training.shards import Shards
 
 _DIGITS = Path(__file__).with_name("digits.npz")
 _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are kept in memory without being asked
@@ -23,18 +27,32 @@ _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are kept in memory wit
 
 @dataclass(frozen=True)
 class Split:
-    """Images with labels: either decoded (``images``) or as files (``files``)."""
+    """Images with labels: decoded (``images``), as files (``files``) or packed in a few files (``shards``)."""
 
     labels: Tensor
     images: Tensor | None = None  # (n, channels, height, width), uint8
-    files: list[Path] | None = None
+    files: Sequence[Path] | None = None
+    shards: Shards | None = None
+    reduced_decode: bool = False  # see decode()
+    made_by: str = ""  # what was done to the images of these names before they came here
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def image(self, index: int) -> Tensor:
-        """One image, (channels, height, width), uint8."""
-        return self.images[index] if self.files is None else _decode(self.files[index])
+    def image(self, index: int, spare: Spare | None = None) -> Tensor:
+        """One image, (channels, height, width), uint8; perhaps a smaller one with ``reduced_decode`` and ``spare``."""
+        if self.images is not None:
+            return self.images[index]
+        spare = spare if self.reduced_decode else None
+        if self.files is not None:
+            return _decode(self.files[index], spare)
+        return decode(self.shards.read(index), self.shards.where(index), spare)
+
+    def names(self) -> Iterable[bytes]:
+        """The file names of images that are not decoded."""
+        if isinstance(self.files, Listing) or self.files is None:
+            return (self.shards or self.files).names.tolist()
+        return (os.fsencode(path.name) for path in self.files)
 
 
 @dataclass(frozen=True)
@@ -48,16 +66,28 @@ class ImageData:
     image_size: int
     mean: list[float]
     std: list[float]
-    augment: str  # crop_flip, resized_crop or none
+    augment: str  # one of augment.IN_BATCHES or augment.ONE_BY_ONE
     padding: int
     flip: bool
     in_memory: bool  # augment whole batches on the device, or single images in loader processes
+    rotation: float = 0.0  # largest angle in degrees, after crop and flip
+    crop_ratio: float = 0.875  # of the test image's shorter side that is looked at, where sizes differ
+    interpolation: str = "bilinear"
 
     def __post_init__(self):
-        if self.augment not in ("crop_flip", "resized_crop", "none"):
-            raise UserError(f"expected data.augment to be crop_flip, resized_crop or none, got {self.augment!r}.")
-        if self.augment == "resized_crop" and self.in_memory:
-            raise UserError("data.augment=resized_crop is done by loader processes; give data.in_memory=false.")
+        known = (*IN_BATCHES, *ONE_BY_ONE)
+        if self.augment not in known:
+            raise UserError(f"expected data.augment to be one of {', '.join(known)}, got {self.augment!r}.")
+        if self.augment in ONE_BY_ONE and self.in_memory:
+            raise UserError(f"data.augment={self.augment} is done by loader processes; give data.in_memory=false.")
+        if self.augment in ONE_BY_ONE and self.channels != 3:
+            raise UserError(f"data.augment={self.augment} is for colour images; give data.augment=crop_flip or none.")
+        if not 0 <= self.rotation <= 180:
+            raise UserError(f"expected data.rotation to be 0 to 180 degrees, got {self.rotation:g}.")
+        if not 0 < self.crop_ratio <= 1:
+            raise UserError(f"expected data.crop_ratio to be above 0 and at most 1, got {self.crop_ratio:g}.")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise UserError(f"expected data.interpolation to be bilinear or bicubic, got {self.interpolation!r}.")
         if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0:
             raise UserError(
                 f"expected data.mean and data.std with {self.channels} numbers (std above 0), "
@@ -82,19 +112,60 @@ def digits(augment: str, padding: int, flip: bool, mean: list | None, std: list 
     return ImageData(train, test, [str(n) for n in range(10)], 1, 8, mean, std, augment, padding, flip, in_memory)
 
 
-def cifar10(root: str, augment: str, padding: int, flip: bool, mean: list, std: list, in_memory: bool) -> ImageData:
-    """CIFAR-10 through torchvision: downloaded once to ``root``, checked by its checksums."""
-    return _cifar(CIFAR10, root, augment, padding, flip, mean, std, in_memory)
+def cifar10(
+    root: str,
+    augment: str,
+    padding: int,
+    flip: bool,
+    mean: list,
+    std: list,
+    in_memory: bool | None,
+    rotation: float = 0.0,
+    image_size: int = 32,
+    interpolation: str = "bilinear",
+) -> ImageData:
+    """CIFAR-10 through torchvision: downloaded once to ``root``, checked by its checksums.
+
+    ``in_memory`` None keeps images in memory; those of another ``image_size`` are made by loader processes.
+    """
+    return _cifar(CIFAR10, root, augment, padding, flip, mean, std, in_memory, rotation, image_size, interpolation)
 
 
-def cifar100(root: str, augment: str, padding: int, flip: bool, mean: list, std: list, in_memory: bool) -> ImageData:
-    """CIFAR-100 through torchvision: downloaded once to ``root``, checked by its checksums."""
-    return _cifar(CIFAR100, root, augment, padding, flip, mean, std, in_memory)
+def cifar100(
+    root: str,
+    augment: str,
+    padding: int,
+    flip: bool,
+    mean: list,
+    std: list,
+    in_memory: bool | None,
+    rotation: float = 0.0,
+    image_size: int = 32,
+    interpolation: str = "bilinear",
+) -> ImageData:
+    """CIFAR-100 through torchvision: downloaded once to ``root``, checked by its checksums.
+
+    ``in_memory`` None keeps images in memory; those of another ``image_size`` are made by loader processes.
+    """
+    return _cifar(CIFAR100, root, augment, padding, flip, mean, std, in_memory, rotation, image_size, interpolation)
 
 
 def _cifar(
-    kind, root: str, augment: str, padding: int, flip: bool, mean: list, std: list, in_memory: bool
+    kind,
+    root: str,
+    augment: str,
+    padding: int,
+    flip: bool,
+    mean: list,
+    std: list,
+    in_memory: bool | None,
+    rotation: float,
+    image_size: int,
+    interpolation: str,
 ) -> ImageData:
+    keep = image_size == 32 if in_memory is None else in_memory
+    if keep and image_size != 32:
+        raise UserError(f"expected data.image_size to be 32 with data.in_memory=true, got {image_size}.")
     try:
         parts = [kind(root, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:
@@ -107,7 +178,8 @@ def _cifar(
         Split(torch.tensor(part.targets), torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous())
         for part in parts
     )
-    return ImageData(train, test, parts[0].classes, 3, 32, mean, std, augment, padding, flip, in_memory)
+    shape = (rotation, 1.0, interpolation)
+    return ImageData(train, test, parts[0].classes, 3, image_size, mean, std, augment, padding, flip, keep, *shape)
 
 
 def imagefolder(
@@ -119,6 +191,9 @@ def imagefolder(
     mean: list | None,
     std: list | None,
     in_memory: bool | None,
+    rotation: float = 0.0,
+    crop_ratio: float = 0.875,
+    interpolation: str = "bilinear",
 ) -> ImageData:
     """Any folder with train/CLASS/*.jpg and test/CLASS/*.jpg (or val/ instead of test/).
 
@@ -143,7 +218,7 @@ def imagefolder(
     keep, fits = in_memory, first.shape[1:] == (size, size)
     if keep is None:
         bytes_needed = first.numel() * (len(train_files) + len(test_files))
-        keep = augment != "resized_crop" and fits and bytes_needed < _MEMORY_LIMIT
+        keep = augment in IN_BATCHES and fits and bytes_needed < _MEMORY_LIMIT
     elif keep and not fits:
         raise UserError(
             f"expected images of {size}x{size} for data.in_memory=true, got {tuple(first.shape[1:])} in "
@@ -154,7 +229,8 @@ def imagefolder(
         for files, labels, name in ((train_files, train_labels, "train"), (test_files, test_labels, "test"))
     )
     mean, std = _measured_unless_given(train, mean, std)
-    return ImageData(train, test, classes, 3, size, mean, std, augment, padding, flip, keep)
+    shape = (rotation, crop_ratio, interpolation)
+    return ImageData(train, test, classes, 3, size, mean, std, augment, padding, flip, keep, *shape)
 
 
 def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor, list[str]]:
@@ -169,8 +245,8 @@ def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor
     files, labels, others = [], [], []
     for label, name in enumerate(classes):
         found = _visible_files(folder / name)
-        images = [path for path in found if path.suffix.lower() in IMG_EXTENSIONS]
-        others += [path for path in found if path.suffix.lower() not in IMG_EXTENSIONS]
+        images = [path for path in found if path.suffix.lower() in SUFFIXES]
+        others += [path for path in found if path.suffix.lower() not in SUFFIXES]
         if not images:
             raise UserError(f"expected images in {folder / name}, got none; remove the folder or fill it.")
         files += images
@@ -188,14 +264,14 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def _decode(path: Path) -> Tensor:
+def _decode(path: Path, spare: Spare | None = None) -> Tensor:
     try:
-        with Image.open(path) as image:
-            pixels = np.array(image.convert("RGB"))
+        content = path.read_bytes()
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UserError(f"expected a readable image in {path}, got: {reason}; replace or remove the file.") from None
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+        raise UserError(
+            f"expected a readable image in {path}, got: {error.strerror}; replace or remove the file."
+        ) from None
+    return decode(content, str(path), spare)
 
 
 def _decode_all(files: list[Path], name: str) -> Tensor:
@@ -245,5 +321,5 @@ def fingerprint(data: ImageData) -> str:
         if split.images is not None:
             digest.update(split.images[:: max(1, len(split) // 100)].contiguous().numpy().tobytes())
         else:
-            digest.update("\n".join(path.name for path in split.files).encode())
+            digest.update(b"\n".join(split.names()) + split.made_by.encode())
     return digest.hexdigest()[:16]

@@ -23,11 +23,25 @@ def seed_torch(seed: int, purpose: str, *place: int) -> None:
     torch.manual_seed(int(stream(seed, purpose, *place).integers(2**63)))
 
 
-def epoch_order(seed: int, epoch: int, images: int) -> np.ndarray:
-    """The order in which epoch ``epoch`` (from 0) visits the images."""
-    return stream(seed, "order", epoch).permutation(images)
+def epoch_order(seed: int, epoch: int, images: int, repeats: int = 1) -> np.ndarray:
+    """The samples that epoch ``epoch`` (from 0) visits, in order, as many as there are images.
+
+    Sample s is a copy of image s % images. With repeats (repeated augmentation, Hoffer et al.,
+    arXiv 1901.09335) copies of an image stand beside each other and the epoch ends when as
+    many samples as images have been seen, so that it sees about images / repeats images.
+    """
+    order = stream(seed, "order", epoch).permutation(images)
+    if repeats == 1:
+        return order
+    copies = order[:, None] + images * np.arange(repeats)
+    return copies.reshape(-1)[:images]
 
 
-def epoch_draws(seed: int, epoch: int, images: int, draws: int) -> np.ndarray:
-    """Uniform numbers in [0, 1) for augmentation: row i belongs to image i, whoever loads it."""
-    return stream(seed, "augment", epoch).random((images, draws))
+def epoch_draws(seed: int, epoch: int, samples: int, draws: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for augmentation: row s belongs to sample s, whoever loads it."""
+    return stream(seed, "augment", epoch).random((samples, draws))
+
+
+def epoch_angles(seed: int, epoch: int, samples: int) -> np.ndarray:
+    """Uniform numbers in [0, 1) for rotations, likewise."""
+    return stream(seed, "rotate", epoch).random(samples)
