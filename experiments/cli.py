@@ -16,6 +16,7 @@ from experiments.config import (
     choices_of,
     compose_config,
     from_tree,
+    in_data_dir,
     load_config,
     parse_overrides,
     parse_single,
@@ -180,7 +181,7 @@ def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
             f"python experiments/{tree['experiment']}.py --resume {shlex.quote(folder)}"
         )
     runtime = tree["runtime"]
-    shared_root = tree["data"].get("root") == runtime["data_dir"]
+    shared_root = in_data_dir(tree["data"].get("root"), runtime["data_dir"])
     runtime["runs"] = str(Path(folder).resolve().parents[1])
     runtime |= OF_ONE_START
     for key, value in parse_single(overrides).items():
@@ -190,8 +191,8 @@ def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
         if name not in runtime:
             raise UserError(f"unknown key {key}; {nearest(key, (f'runtime.{name}' for name in runtime))}.")
         runtime[name] = value
-    if shared_root:
-        tree["data"]["root"] = runtime["data_dir"]
+    if shared_root is not None:
+        tree["data"]["root"] = f"{runtime['data_dir']}/{shared_root}".rstrip("/")
     config = from_tree(tree)
     if folder_of(config).resolve() != Path(folder).resolve():
         raise UserError(

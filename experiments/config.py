@@ -32,7 +32,14 @@ from omegaconf.errors import OmegaConfBaseException
 from experiments.errors import UserError, nearest
 
 CONF = Path(__file__).parent / "conf"
-GROUPS = ("model", "data", "optim", "schedule", "method", "debug")
+GROUPS = ("stage", "model", "data", "optim", "schedule", "method", "debug")
+
+
+class Loss(StrEnum):
+    """What is minimised; see ``training/losses.py``."""
+
+    cross_entropy = "cross_entropy"
+    bce = "bce"  # binary cross-entropy per class
 
 
 class Precision(StrEnum):
@@ -94,12 +101,18 @@ class Config:
     drop_last: bool = False
     eval_every: int = 1  # epochs; the last epoch is always evaluated
     eval_batch_size: int = 1000
+    loss: Loss = Loss.cross_entropy
     label_smoothing: float = 0.0
+    mixup: float = 0.0  # alpha of Mixup; with cutmix too, each batch gets one of the two
+    cutmix: float = 0.0  # alpha of CutMix
+    repeats: int = 1  # repeated augmentation: an epoch has so many copies of each of images / repeats images
     precision: Precision = Precision.fp32
     channels_last: bool = False
     compile: bool = False
     ema_decay: float | None = None
     clip_grad_norm: float | None = None
+    decay_matrices_only: bool = False  # no weight decay for 1-D tensors, position embeddings and class tokens
+    start_from: str | None = None  # weights to begin with: a run's name or folder, a checkpoint, timm:NAME
     overfit_batches: int | None = None  # train on the first so many batches again and again, unaugmented
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -180,7 +193,24 @@ def compose_config(experiment: str, overrides: dict[str, Any]) -> Config:
     for key, value in overrides.items():
         if key not in GROUPS:
             _set(tree, key, value)
-    return from_tree(tree)
+    config = from_tree(tree)
+    if config.start_from is not None and "?" in config.start_from:
+        config.start_from = _run_by_choices(experiment, overrides, config.start_from)
+    return config
+
+
+def _run_by_choices(experiment: str, overrides: dict[str, Any], query: str) -> str:
+    """The name of the run that ``EXPERIMENT?KEY=VALUE&...`` describes.
+
+    Without an experiment: this one, with all choices of the run itself but those given. Of
+    another experiment only seed, model and method are taken over.
+    """
+    name, _, choices = query.partition("?")
+    taken = overrides
+    if name not in ("", experiment):
+        taken = {key: value for key, value in overrides.items() if key.split(".")[0] in ("seed", "model", "method")}
+    before = compose_config(name or experiment, taken | parse_single(choices.split("&")))
+    return run_name(before) if name in ("", experiment) else f"{name}/{run_name(before)}"
 
 
 def from_tree(tree: DictConfig | dict) -> Config:
@@ -212,8 +242,16 @@ def _schema() -> DictConfig:
 def _make_root_absolute(config: Config) -> None:
     """One folder has one name, from wherever a run is started or resumed."""
     root = config.data.get("root")
-    if isinstance(root, str) and root != config.runtime.data_dir:
+    if isinstance(root, str) and in_data_dir(root, config.runtime.data_dir) is None:
         config.data["root"] = str(Path(root).expanduser().absolute())
+
+
+def in_data_dir(root: str | None, data_dir: str) -> str | None:
+    """Where a data set's root lies in the machine's own folder of data sets ("": it is that folder); None outside."""
+    if root == data_dir:
+        return ""
+    inside = isinstance(root, str) and root.startswith(f"{data_dir}/")
+    return root.removeprefix(f"{data_dir}/") if inside else None
 
 
 def load_config(path: Path) -> Config:
@@ -240,19 +278,22 @@ def load_config(path: Path) -> Config:
 def to_tree(config: Config) -> dict[str, Any]:
     """The configuration as plain dictionaries, lists and scalars."""
     tree = asdict(config)
-    tree["precision"] = str(config.precision.value)
+    tree["precision"], tree["loss"] = str(config.precision.value), str(config.loss.value)
     return tree
 
 
 def config_hash(config: Config) -> str:
     """Eight hex digits of what decides a run's result: all but ``runtime``.
 
-    ``data.root`` counts unless it is the machine's own ``runtime.data_dir``.
+    Of a ``data.root`` in the machine's own ``runtime.data_dir`` only what is below that counts.
     """
     tree = to_tree(config)
     del tree["runtime"]
-    if tree["data"].get("root") == config.runtime.data_dir:
+    shared = in_data_dir(tree["data"].get("root"), config.runtime.data_dir)
+    if shared == "":
         del tree["data"]["root"]
+    elif shared is not None:
+        tree["data"]["root"] = shared
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
 
 
@@ -286,6 +327,11 @@ def validate(config: Config) -> None:
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
     _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)
+    if config.loss is Loss.bce:
+        _require(config.label_smoothing == 0, "label_smoothing", "0 with loss=bce", config.label_smoothing)
+    for key in ("mixup", "cutmix"):
+        _require(getattr(config, key) >= 0, key, "0 or more", getattr(config, key))
+    _require(config.repeats >= 1, "repeats", "at least 1", config.repeats)
     _require(
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )
@@ -309,8 +355,9 @@ def validate(config: Config) -> None:
     _require(deadline is None or deadline > 0, "runtime.deadline_minutes", "above 0 or null", deadline)
     for group in ("model", "data", "optim", "schedule", "method"):
         _check_component(group, getattr(config, group))
-    rate = config.optim.get("lr")
-    _require(isinstance(rate, int | float) and 0 < rate < math.inf, "optim.lr", "a number above 0", rate)
+    rates = {"lr": config.optim.get("lr")} | {k: v for k, v in config.optim.items() if k.endswith("_lr")}
+    for key, rate in rates.items():
+        _require(isinstance(rate, int | float) and 0 < rate < math.inf, f"optim.{key}", "a number above 0", rate)
     damping = config.method.get("lambda_", 1.0)
     _require(0 < damping < math.inf, "method.lambda_", "a number above 0", damping)
     for key, value in options_of(config.model).items():

@@ -20,7 +20,7 @@ from experiments.config import Config
 from experiments.errors import EXIT_BUSY, EXIT_TRY_AGAIN
 from experiments.grid import relative
 from experiments.training.folder import folder_of, prepare_folder
-from experiments.training.state import newest, state_of, step_of
+from experiments.training.state import newest, start_of, state_of, step_of
 
 _SCRIPTS = Path(__file__).parent
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG of prctl(2)
@@ -46,6 +46,8 @@ def show_plan(states: dict[Path, str], jobs: int) -> None:
 def run_grid(experiment: str, configs: list[Config], jobs: int) -> int:
     """Train what is not finished, each run in its own process; one that fails stops no other.
 
+    A run that starts from another one of the plan comes after it.
+
     Ctrl-C, SIGTERM, SIGHUP and USR2 make every run write a checkpoint and leave; on Linux so
     does the end of this process by any other means.
 
@@ -63,13 +65,23 @@ def run_grid(experiment: str, configs: list[Config], jobs: int) -> int:
         if state not in ("finished", "running"):
             prepare_folder(folders[folder])
     waiting = [folder for folder, state in states.items() if state != "finished"]
+    starts = {folder: start_of(folder, config.start_from) for folder, config in folders.items()}
+
+    def waits(folder: Path) -> bool:
+        before = {other.absolute() for other in [*waiting, *(started.folder for started in active)]}
+        return starts[folder] in before
+
     done = len(folders) - len(waiting)
     print(f"{len(folders)} runs, {done} finished already, {jobs} at a time.", flush=True)
     environment, active, outcomes = _environment(jobs), [], Counter()
     with tqdm(total=len(folders), initial=done, unit="run", dynamic_ncols=True, disable=None) as bar, _told() as stop:
         while active or (waiting and not stop):
             while waiting and len(active) < jobs and not stop:
-                active.append(_start(experiment, waiting.pop(0), folders, environment))
+                folder = next((folder for folder in waiting if not waits(folder)), None)
+                if folder is None:
+                    break
+                waiting.remove(folder)
+                active.append(_start(experiment, folder, folders, environment))
             time.sleep(0.05)
             if stop and not outcomes["told"]:
                 outcomes["told"] = 1

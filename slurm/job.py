@@ -42,6 +42,7 @@ from experiments.training.failures import LINES, record
 from experiments.training.files import read_json, write_json
 from experiments.training.lease import describe, highest, is_held
 from experiments.training.place import job_id, node_name, place_of_this_rank, slurm_start
+from experiments.training.state import start_of
 from slurm import ledger
 from slurm.memory import oom_kills
 from slurm.queue import seconds_left
@@ -187,14 +188,20 @@ class Supervisor:
             if self._stopping:
                 self._outcome.left += waiting
                 waiting.clear()
-            while waiting and len(self._children) < self._slots:
-                self._begin(waiting.pop(0))
+            while len(self._children) < self._slots and (folder := self._next(waiting)) is not None:
+                waiting.remove(folder)
+                self._begin(folder)
             self._heed_signals()
             for child in [child for child in self._children if child.process.poll() is not None]:
                 self._children.remove(child)
                 if self._after(child):
                     waiting.append(child.folder)
             time.sleep(_POLL)
+
+    def _next(self, waiting: list[Path]) -> Path | None:
+        """The first run that does not start from another one which this job has yet to train."""
+        before = {folder.absolute() for folder in [*waiting, *(child.folder for child in self._children)]}
+        return next((folder for folder in waiting if _start_of(folder) not in before), None)
 
     def _exit_code(self) -> int:
         outcome = self._outcome
@@ -519,6 +526,13 @@ def _deaf_until_ready() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGUSR2)
+
+
+def _start_of(folder: Path) -> Path | None:
+    try:
+        return start_of(folder, yaml.safe_load((folder / "config.yaml").read_text()).get("start_from"))
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None  # the run itself will say what is wrong
 
 
 def _is_finished(folder: Path) -> bool:

@@ -31,7 +31,7 @@ from experiments.grid import relative
 from experiments.training.files import read_json, write_json
 from experiments.training.folder import folder_of, prepare_folder
 from experiments.training.lease import this_process
-from experiments.training.state import state_of
+from experiments.training.state import start_of, state_of
 from slurm import ledger, preflight, queue, snapshot
 from slurm.cost import describe_cost
 from slurm.job import Job
@@ -96,6 +96,7 @@ class Part:
 
     shape: Shape
     jobs: list[list[Path]]
+    after: Path | None = None  # a run whose job must have ended well before
 
 
 def arrange(folders: dict[Path, int], cluster: Cluster, limit: int) -> list[Part]:
@@ -236,9 +237,27 @@ class _Submission:
         return len(mine)
 
     def arranged(self, configs: dict[Path, Config]) -> list[Part]:
-        """The jobs for these runs."""
+        """The jobs for these runs; one that starts from an unfinished run has a job of its own, behind all others.
+
+        Raises:
+            UserError: a run starts from one that is neither finished nor in these jobs or the queue.
+        """
         gpus = {folder: config.runtime.gpus for folder, config in configs.items()}
-        return arrange(gpus, self._cluster, self._limit())
+        if self._cluster.scheduler is Scheduler.local:
+            return arrange(gpus, self._cluster, self._limit())  # the job itself trains them in order
+        starts = {folder: start_of(folder, config.start_from) for folder, config in configs.items()}
+        later = {folder: start for folder, start in starts.items() if start and state_of(start) != "finished"}
+        known = ledger.Queue()
+        for folder, start in later.items():
+            if start not in configs and not ledger.claim_is_live(_claim(start), known):
+                raise UserError(
+                    f"expected {start.name}, from which {folder.name} starts, to be finished or in the queue, got a "
+                    f"run that is {state_of(start)}; submit it too, or give start_from=FILE."
+                )
+        first = {folder: count for folder, count in gpus.items() if folder not in later}
+        parts = arrange(first, self._cluster, self._limit())
+        parts += [Part(shape_of(self._cluster, gpus[folder]), [[folder]], start) for folder, start in later.items()]
+        return parts
 
     def _limit(self) -> int:
         if self._cluster.scheduler is Scheduler.local:
@@ -309,11 +328,15 @@ class _Submission:
 
     def _throttle(self, parts: list[Part]) -> int:
         """The most jobs of one array at a time, so that all arrays together keep to ``parallel`` if they can."""
-        return max(1, self._cluster.parallel // len(parts))
+        return max(1, self._cluster.parallel // max(1, sum(part.after is None for part in parts)))
 
     def _slurm_executor(self, part: Part, number: int, throttle: int) -> submitit.SlurmExecutor:
         executor = submitit.SlurmExecutor(self._folder / "jobs", max_num_timeout=10**6, python=self._python())
-        executor.update_parameters(**self._parameters(part.shape, self._job_name(number), throttle))
+        parameters = self._parameters(part.shape, self._job_name(number), throttle)
+        if part.after is not None and state_of(part.after) != "finished":
+            parameters["dependency"] = f"afterok:{_claim(part.after)['job']}"  # a requeued job has not ended
+            parameters["additional_parameters"]["kill_on_invalid_dep"] = "yes"
+        executor.update_parameters(**parameters)
         return executor
 
     def _local_executor(self, part: Part) -> submitit.LocalExecutor:
@@ -392,6 +415,11 @@ class _Submission:
         options = re.findall(r"^#SBATCH (--.*)$", text, re.MULTILINE)
         skip = ("--array", "--output", "--error", "--open-mode", "--job-name")
         return [shlex.split(option)[0] for option in options if not option.startswith(skip)]
+
+
+def _claim(folder: Path) -> dict:
+    path = ledger.newest_claim(folder)
+    return {} if path is None else read_json(path)
 
 
 def _teardown(budget: int, folder: Path, excluded: str | None) -> list[str]:

@@ -80,7 +80,13 @@ BAD = [
     ("model=vit_small model.patch=3", "patch"),
     ("data.padding=-1", "data.padding to be 0 or more"),
     ("data.flip=3", "data.flip to be true or false, got 3"),
-    ("data.augment=blur", "data.augment to be crop_flip, resized_crop or none, got 'blur'"),
+    ("data.augment=blur", "data.augment to be one of crop_flip, none, resized_crop, three_augment, "),
+    ("data.augment=three_augment data.in_memory=false", "colour images"),
+    ("loss=mse", "expected one of [cross_entropy, bce]"),
+    ("loss=bce label_smoothing=0.1", "label_smoothing to be 0 with loss=bce"),
+    ("mixup=-1", "mixup to be 0 or more"),
+    ("repeats=0", "repeats to be at least 1"),
+    ("start_from=nowhere", "expected a finished run in start_from="),
     ("data.augment=resized_crop", "data.in_memory=false"),
     ("data.mean=3", "data.mean"),
     ("data.mean=[a]", "data.mean"),
@@ -213,7 +219,7 @@ def test_flags_and_values_come_in_any_order(words, tmp_path, monkeypatch, capsys
 
 # -- one configuration, one name ----------------------------------------------------------
 
-SCRIPTS = ["quickstart", "cifar_resnet", "cifar_vit"]
+SCRIPTS = ["quickstart", "cifar_resnet", "cifar_vit", "cifar100_zoo", "imagenet_resnet", "imagenet_deit"]
 
 
 @pytest.mark.parametrize("experiment", SCRIPTS)
@@ -252,8 +258,9 @@ def _changed(config, path):
         node = getattr(node, key) if not isinstance(node, dict) else node[key]
     if isinstance(node, dict):
         node[last] = _other(node[last])
-    elif last == "precision":
-        node.precision = type(node.precision).bf16
+    elif last in ("precision", "loss"):
+        value = getattr(node, last)
+        setattr(node, last, next(other for other in type(value) if other is not value))
     else:
         setattr(node, last, _other(getattr(node, last)))
     return config

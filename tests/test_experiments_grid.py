@@ -16,7 +16,15 @@ PAPER = {
     "figure3_lr": 4 * 8,
     "figure4": 4 * 4 * 5,
     "figure6": 10 * 5,
+    "figure7": 4 * 5,
+    "figure8": 2 * 9 * 5,
+    "figure9": 4 * (1 + 3 + 3) * 5,
     "figure10": 2 * 4 * 4 * 5,
+    "table1": 36 * 3 * 5,
+    "table2": 3 * 3 * 4,
+    "table2_lr": 3 * 5,
+    "table3": 2 * 6,
+    "table4": 4 * 2,
     "quickstart": 2 * 2 * 3,
 }
 
@@ -73,6 +81,7 @@ def test_choices_select_from_the_grid(case):
         ("figure3", {"method": ["vanilla"], "method.lambda_": [0.1]}, "no run of the grid"),
         ("figure6", {"epochs": [100]}, "no run of the grid has epochs=100; it has 200"),
         ("figure10", {"data": ["cifar10"]}, "it has cifar100"),
+        ("figure9", {"optim": ["sgd"]}, "it has adam, sgd_adam"),
         ("figure3", {"seed": [1, 1]}, "twice"),
         ("figure3", {"model": ["vgg"]}, "unknown choice model=vgg"),
     ],

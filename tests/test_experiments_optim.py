@@ -93,3 +93,42 @@ def test_each_groups_rate_is_its_own_base_times_the_factor():
     for factor in (0.5, 0.0, 0.25):  # no factor compounds with the one before
         set_learning_rate(optimizer, factor)
         assert [group["lr"] for group in optimizer.param_groups] == [0.5 * factor, 0.1 * factor]
+
+
+def test_weight_decay_of_matrices_only():
+    """As DeiT: no decay for one dimension, position embeddings and class tokens; LAMB gives those no trust ratio."""
+    model = _Net(ORDERS[0])
+    model.pos_embed, model.cls_token = (nn.Parameter(torch.ones(1, 3, 4)) for _ in range(2))
+    node = {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.5}
+    optimizer = build_optimizer(node, _Turned(), model, decay_matrices_only=True)
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    named = {name: decay.get(id(p)) for name, p in model.named_parameters() if id(p) in decay}
+    assert {name for name, value in named.items() if value == 0.5} == {"first.weight", "second.weight"}
+    assert {name for name, value in named.items() if value == 0} == {
+        "first.bias",
+        "second.bias",
+        "norm.weight",
+        "norm.bias",
+    }
+    optimizer = build_optimizer(node, Method(), model, decay_matrices_only=True)
+    without = {id(p) for group in optimizer.param_groups if group["weight_decay"] == 0 for p in group["params"]}
+    assert {id(model.pos_embed), id(model.cls_token)} < without
+
+
+def test_lamb_goes_on_with_its_step():
+    """It keeps the step in the group; else its bias correction would begin anew."""
+
+    def lamb(model):
+        node = {"_target_": "timm.optim.Lamb", "lr": 0.01, "weight_decay": 0.1, "eps": 1e-8}
+        return build_optimizer(node, Method(), model, decay_matrices_only=True)
+
+    model = _Net(ORDERS[0])
+    optimizer = lamb(model)
+    _train(model, optimizer, range(3))
+    again = copy.deepcopy(model)
+    resumed = lamb(again)
+    load_state_by_name(resumed, again, copy.deepcopy(state_by_name(optimizer, model)))
+    assert [float(group["step"]) for group in resumed.param_groups] == [3.0, 3.0]
+    _train(model, optimizer, range(3, 6))
+    _train(again, resumed, range(3, 6))
+    assert all(map(torch.equal, model.parameters(), again.parameters()))

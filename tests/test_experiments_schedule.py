@@ -5,7 +5,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, MultiStepLR, SequentialLR
 
 from experiments.config import build, compose_config
-from experiments.training.schedule import Constant, Cosine, MultiStep
+from experiments.training.schedule import Constant, Cosine, EpochCosine, MultiStep
 
 
 def _torch_rates(make, steps, rate=0.1):
@@ -74,6 +74,44 @@ def test_the_steps_of_pytorch_cifar100():
         for i in range(391):
             rate = 0.1 * schedule.factor((epoch - 1) * 391 + i, 391, 200 * 391)
             assert math.isclose(rate, _published(epoch, i), rel_tol=1e-12), (epoch, i)
+
+
+def test_milestones_in_proportion_to_the_epochs():
+    """pytorch-cifar100's schedule shortened to 133 epochs, ImageNet's thirds for 30, 60 and 90."""
+    shortened = MultiStep([59, 119, 159], 0.2, 1.0, 200.0)
+    drops = [
+        e
+        for e in range(1, 133)
+        if shortened.factor(e * 391, 391, 133 * 391) < shortened.factor(e * 391 - 1, 391, 133 * 391)
+    ]
+    assert drops == [39, 79, 106]
+    whole = MultiStep([59, 119, 159], 0.2, 1.0)
+    scaled = MultiStep([59, 119, 159], 0.2, 1.0, 200.0)
+    assert _our_rates(whole, 5, 1000) == _our_rates(scaled, 5, 1000)
+    for epochs in (30, 60, 90):
+        thirds = MultiStep([30, 60], 0.1, 0.0, 90.0)
+        rates = [thirds.factor(e * 10, 10, epochs * 10) for e in range(epochs)]
+        third = epochs // 3
+        assert rates == pytest.approx([1.0] * third + [0.1] * third + [0.01] * third)
+
+
+# Rates by epoch of DeiT-III's ViT-S and ViT-B pre-training, replayed with the original's scheduler.
+DEIT = {
+    (4e-3, 800): {0: 1e-6, 1: 1e-6, 2: 8.008e-4, 4: 2.4004e-3, 5: 3.2002e-3, 6: 3.9996154e-3,
+                  400: 2.0128343e-3, 799: 1.006153e-5},
+    (3e-3, 800): {0: 1e-6, 1: 1e-6, 2: 6.008e-4, 4: 1.8004e-3, 5: 2.4002e-3, 6: 2.9997118e-3,
+                  400: 1.5108708e-3, 799: 1.0046109e-5},
+    (4e-3, 400): {0: 1e-6, 1: 1e-6, 2: 8.008e-4, 6: 3.9984619e-3, 200: 2.0206685e-3, 399: 1.0246118e-5},
+    (3e-3, 400): {0: 1e-6, 1: 1e-6, 2: 6.008e-4, 6: 2.9988474e-3, 200: 1.5167416e-3, 399: 1.0184434e-5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("lr", "epochs"), DEIT)
+def test_the_rates_of_deit(lr, epochs):
+    schedule, steps = EpochCosine(lr, 5.0, 1e-6, 1e-5), 625
+    for epoch, rate in DEIT[lr, epochs].items():
+        for step in (0, steps - 1):
+            assert lr * schedule.factor(epoch * steps + step, steps, epochs * steps) == pytest.approx(rate, rel=1e-7)
 
 
 @pytest.mark.parametrize("schedule", [Cosine(2.0, 0.0), MultiStep([1], 0.1, 2.0), Constant(2.0)])

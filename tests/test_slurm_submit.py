@@ -452,3 +452,30 @@ srun -N1 -n1 --exact -c1 {run} seed=3
     (here,) = (tmp_path / "here" / "quickstart").iterdir()
     assert weights(found[3]) == weights(here)
     assert not list(login.runs.rglob("meeting-*"))
+
+
+# -- runs that start from others ----------------------------------------------------------
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_fine_tuning_waits_for_its_pre_training(login, tmp_path):
+    """Also while that is requeued; fine-tuning alone is refused as long as nobody trains what it starts from."""
+    toy = ["model=deit3_small", "method=vanilla", "recipe.pretrain_epochs=400", "model.width=24", "model.depth=1"]
+    toy += ["model.heads=3", "model.patch=8", "data.image_size=16", "data=imagefolder", "batch_size=8", "max_steps=30"]
+    toy += [f"data.root={make_images(tmp_path / 'images')}", "data.mean=[0.5,0.5,0.5]", "data.std=[0.3,0.3,0.3]"]
+    toy += ["precision=bf16", "runtime.gpus=0", "runtime.workers=0", "runtime.threads=1", "runtime.checkpoint_steps=1"]
+    deit = [sys.executable, ROOT / "experiments" / "imagenet_deit.py", "--submit", *PROFILE, *toy]
+    assert "to be finished or in the queue, got a run that is missing" in login.run(*deit, "stage=finetune", code=2)
+    assert "Submitted 2 runs in 2 jobs" in login.run(*deit, "runtime.heartbeat_seconds=0.2")
+    folders = {result.name.split("-")[3]: result for result in ledger.run_folders(login.runs, "imagenet_deit")}
+    before, after = folders["400ep"], folders["50ep"]
+    jobs = {folder: read_json(ledger.newest_claim(folder))["job"] for folder in folders.values()}
+    login.bed.wait_for(lambda: read_json(before / "progress.json").get("step", 0) > 1, 120, "a step")
+    login.bed.run("scontrol", "requeue", jobs[before])
+    login.bed.wait_for(lambda: len(ledger.attempts(before)) == 2, 120, "a second attempt")
+    assert login.bed.run("squeue", "-h", "-j", jobs[after], "-o", "%T %r").split() == ["PENDING", "Dependency"]
+    assert not ledger.attempts(after)
+    login.wait()
+    assert [state_of(folder) for folder in (before, after)] == ["finished"] * 2, login.said()
+    assert f"starts from {before}" in (after / "log.txt").read_text()

@@ -13,18 +13,19 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from experiments.config import Config, Precision
+from experiments.config import Config, Loss, Precision
 from experiments.errors import TrainingFailedError
 from experiments.training.data import Batches
 from experiments.training.evaluate import evaluate
 from experiments.training.lease import SupersededError
 from experiments.training.log import RunLog
+from experiments.training.losses import binary_cross_entropy, cross_entropy
+from experiments.training.mix import mixing
 from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
 from experiments.training.parallel import Ranks
 from experiments.training.randomness import seed_torch
@@ -85,6 +86,7 @@ class Trainer:
         self.device = batches.device
         self.progress = Progress()
         self.total_steps = total_steps(config, batches.steps_per_epoch)
+        self._mix = mixing(config.mixup, config.cutmix, len(batches.data.classes))
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
         self.ema = None
         if config.ema_decay is not None:
@@ -95,7 +97,8 @@ class Trainer:
         self._network = model
         if ranks.size > 1:
             on = [self.device] if self.device.type == "cuda" else None
-            self._network = DistributedDataParallel(model, device_ids=on)
+            skips = any(getattr(module, "skips_parameters", False) for module in model.modules())
+            self._network = DistributedDataParallel(model, device_ids=on, find_unused_parameters=skips)
         if config.compile:
             self._network = torch.compile(self._network)
 
@@ -173,6 +176,9 @@ class Trainer:
 
     def _step(self, images: Tensor, labels: Tensor, global_count: int) -> None:
         step, config = self.progress.step, self.config
+        if self._mix is not None:
+            seed_torch(config.seed, "mix", step)  # the same proportion and box on every rank
+            images, labels = self._mix(images, labels)
         seed_torch(config.seed, "step", step, self.ranks.rank)
         set_learning_rate(self.optimizer, self.factor(step))
         self.method.before_step(self.model, step)
@@ -205,12 +211,15 @@ class Trainer:
             together = number == parts - 1  # ranks exchange gradients in the last part only
             with nullcontext() if together or self.ranks.size == 1 else self._network.no_sync(), self._autocast():
                 scores = self._network(self._in_format(part))
-                total = F.cross_entropy(
-                    scores.float(), target, reduction="sum", label_smoothing=self.config.label_smoothing
-                )
+                total = self._loss(scores.float(), target)
                 loss = total * (self.ranks.size / global_count)
             self.scaler.scale(loss).backward()
             self._note(total.detach(), scores.detach(), target)
+
+    def _loss(self, scores: Tensor, targets: Tensor) -> Tensor:
+        if self.config.loss is Loss.bce:
+            return binary_cross_entropy(scores, targets)
+        return cross_entropy(scores, targets, self.config.label_smoothing)
 
     def _add_penalty(self) -> None:
         """The penalty's own gradient, the same on every rank, added once to the finished gradients."""
@@ -224,7 +233,8 @@ class Trainer:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _note(self, total: Tensor, scores: Tensor, target: Tensor) -> None:
-        hits = (scores.argmax(1) == target).sum()
+        labels = target if target.ndim == 1 else target.argmax(1)  # of a mixed image the larger part's
+        hits = (scores.argmax(1) == labels).sum()
         count = torch.full_like(total, len(target))
         self._window += torch.stack([total, hits, count]).double()
         is_first_bad = ~torch.isfinite(total) & (self._bad_step < 0)

@@ -30,6 +30,7 @@ from experiments.training.parallel import Ranks, choose_device, joined_ranks
 from experiments.training.place import node_name, place_of_this_rank
 from experiments.training.provenance import record_attempt
 from experiments.training.randomness import seed_torch
+from experiments.training.start import load_start
 from experiments.training.state import newest
 from experiments.training.stop import StopRequest, listening
 from tract import NonFiniteError
@@ -65,7 +66,7 @@ def run(config: Config) -> dict:
         ours.append(desk)
         if finished is not None:
             return finished
-        with _settings(config), _disk_named(folder):
+        with torch_settings(config), _disk_named(folder):
             return _train(config, folder, device, ranks, stop, desk)
 
 
@@ -145,6 +146,7 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
         seed=config.seed,
         batch_size=config.batch_size,
         drop_last=config.drop_last,
+        repeats=config.repeats,
         overfit=config.overfit_batches,
         eval_batch_size=config.eval_batch_size,
         workers=config.runtime.workers,
@@ -157,8 +159,10 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
     state = None if start is None else checkpoint.load(start, config_hash(config))
     if state is not None:
         method.match(model, state["model"])
+    else:
+        load_start(config, model, notes.append)
     with _refusal_is_bad_input("optim"):
-        optimizer = build_optimizer(config.optim, method, model)
+        optimizer = build_optimizer(config.optim, method, model, config.decay_matrices_only)
     log = RunLog(
         folder if ranks.first else None,
         state["events"] if state else {},
@@ -181,6 +185,7 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
         log.say(f"finished after {trainer.progress.seconds:.0f} s")
     finally:
         log.close()
+        batches.close()
         if ranks.first:
             with suppress(OSError):
                 desk.report()
@@ -300,7 +305,7 @@ def _disk_named(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _settings(config: Config) -> Iterator[None]:
+def torch_settings(config: Config) -> Iterator[None]:
     """Torch's global switches for this run; put back afterwards."""
     runtime = config.runtime
     threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()

@@ -38,18 +38,50 @@ class Cosine:
 
 @dataclass(frozen=True)
 class MultiStep:
-    """Linear warm-up, then times ``gamma`` after each milestone (in finished epochs)."""
+    """Linear warm-up, then times ``gamma`` after each milestone (in finished epochs).
+
+    With ``of_epochs`` the milestones are those of a run of so many epochs; in a shorter or
+    longer one they come in proportion, at whole epochs.
+    """
 
     milestones: list[float]
     gamma: float
     warmup_epochs: float
+    of_epochs: float | None = None
 
     def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
         """Multiplier of the base learning rate."""
         warmup = warmup_steps(self.warmup_epochs, steps_per_epoch)
         if step < warmup:
             return step / warmup
-        return self.gamma ** bisect_right(sorted(self.milestones), step / steps_per_epoch)
+        milestones = sorted(self.milestones)
+        if self.of_epochs is not None:
+            scale = total_steps / steps_per_epoch / self.of_epochs
+            milestones = [round(milestone * scale) for milestone in milestones]
+        return self.gamma ** bisect_right(milestones, step / steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class EpochCosine:
+    """timm's cosine per epoch, as the DeiT code steps it: after an epoch, with that epoch's number.
+
+    In epoch e (from 0) the rate is f(max(0, e - 1)), so that epochs 0 and 1 have the same, with
+    f(t) = s + t (lr - s) / w for t < w and m + (lr - m) (1 + cos(pi t / E)) / 2 after; s is
+    ``warmup_lr``, w ``warmup_epochs``, m ``min_lr``, E the run's epochs. Rates are absolute.
+    """
+
+    lr: float
+    warmup_epochs: float
+    warmup_lr: float
+    min_lr: float
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate, which must be ``lr``."""
+        t = max(0, step // steps_per_epoch - 1)
+        if t < self.warmup_epochs:
+            return (self.warmup_lr + t * (self.lr - self.warmup_lr) / self.warmup_epochs) / self.lr
+        epochs = total_steps / steps_per_epoch
+        return (self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * t / epochs))) / self.lr
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from experiments.training.lease import is_held
 
+TIMM = "timm:"  # what start_from begins with where weights are timm's
+
 
 def state_of(folder: Path, now: float | None = None) -> str:
     """In a word: finished, running, cancelled, failed, resumable, or missing.
@@ -41,3 +43,19 @@ def step_of(path: Path | None) -> int:
     """The optimizer step in a checkpoint's name; 0 without one."""
     match = re.match(r"step-(\d+)", path.name) if path else None
     return int(match[1]) if match else 0
+
+
+def start_of(folder: Path, start_from: str | None) -> Path | None:
+    """The run folder that a run's ``start_from`` names, whether it is there yet or not; None if it names no run.
+
+    EXPERIMENT/NAME is a run in the same folder of runs, NAME alone one of the same experiment.
+
+    Args:
+        folder: the folder of the run that has ``start_from`` in its configuration.
+        start_from: a run, a checkpoint file (.pt, .pth), timm:NAME or None.
+    """
+    if start_from is None or start_from.startswith(TIMM) or start_from.endswith((".pt", ".pth")):
+        return None
+    path = Path(start_from).expanduser()
+    base = folder.absolute().parents[1] if "/" in start_from else folder.absolute().parent
+    return base / path  # which is path itself where that is absolute

@@ -1,0 +1,104 @@
+"""Weights to begin with: of a run, of a checkpoint file, or timm's.
+
+Fine-tuning and transfer begin here. What fits another number of classes or another image
+size is carried over as far as it can be, and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from experiments.config import Config
+from experiments.errors import UserError
+from experiments.training.folder import folder_of
+from experiments.training.state import TIMM, newest, start_of, state_of
+
+
+def load_start(config: Config, model: nn.Module, report: Callable[[str], None]) -> None:
+    """Put the weights that ``start_from`` names into a model; does nothing without.
+
+    A position embedding of another grid is interpolated (bicubic); a classifier of another
+    number of classes keeps its fresh weights.
+
+    Args:
+        config: the run that begins.
+        model: the network, after ``method.apply``.
+        report: gets a sentence on what was loaded.
+
+    Raises:
+        UserError: nothing readable there, an unfinished run, or the weights of another network.
+    """
+    if config.start_from is None:
+        return
+    weights, origin = _weights(config)
+    own = model.state_dict()
+    adapted, fresh = {}, []
+    for name, tensor in weights.items():
+        if name in own and own[name].shape != tensor.shape:
+            if name.endswith("pos_embed"):
+                tensor = _resampled(tensor, own[name])
+            elif tensor.shape[1:] == own[name].shape[1:]:
+                fresh.append(name)
+                continue
+        adapted[name] = tensor
+    missing = sorted(own.keys() - adapted.keys() - set(fresh))
+    unknown = sorted(adapted.keys() - own.keys())
+    wrong = sorted(name for name in adapted.keys() & own.keys() if adapted[name].shape != own[name].shape)
+    if missing or unknown or wrong:
+        words = (("none of", missing), ("unknown", unknown), ("other shapes of", wrong))
+        got = "; ".join(f"{kind} {', '.join(names[:3])}" for kind, names in words if names)
+        raise UserError(f"expected weights of {config.model['name']} in start_from={origin}, got {got}.")
+    model.load_state_dict(adapted | {name: own[name] for name in fresh})
+    report(f"starts from {origin}" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
+
+
+def _weights(config: Config) -> tuple[dict[str, Tensor], str]:
+    given, run = config.start_from, start_of(folder_of(config), config.start_from)
+    if given.startswith(TIMM):
+        return _of_timm(given.removeprefix(TIMM)), given
+    if run is not None:
+        state = state_of(run) if run.is_dir() else "missing"
+        if state != "finished":
+            raise UserError(
+                f"expected a finished run in start_from={run}, got one that is {state}; train it first "
+                "(a grid of both does, and --submit makes the one wait for the other)."
+            )
+        path = newest(run / "checkpoints")
+        if path is None:
+            raise UserError(f"expected a checkpoint in {run / 'checkpoints'}, got none; give start_from=FILE.")
+    else:
+        path = Path(given).expanduser()
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"expected a checkpoint in start_from={path}, got no such file.") from None
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"expected a checkpoint in start_from={path}, got: {reason}.") from None
+    weights = content.get("model", content.get("state_dict", content)) if isinstance(content, dict) else content
+    if not isinstance(weights, dict) or not all(isinstance(value, Tensor) for value in weights.values()):
+        raise UserError(f"expected {{name: tensor}} (or that under 'model') in start_from={path}, got something else.")
+    return weights, str(run or path)
+
+
+def _of_timm(name: str) -> dict[str, Tensor]:
+    import timm
+
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # whatever the network, the hub or the name have to say
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"expected weights that timm can load for start_from={TIMM}{name}, got: {reason}.") from None
+
+
+def _resampled(embedding: Tensor, own: Tensor) -> Tensor:
+    """A position embedding (1, tokens, width) of patches only, for another grid."""
+    from timm.layers import resample_abs_pos_embed
+
+    side = round(own.shape[1] ** 0.5)
+    return resample_abs_pos_embed(embedding, [side, side], num_prefix_tokens=0)
