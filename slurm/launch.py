@@ -202,6 +202,7 @@ class _Submission:
         runs = next(iter(configs)).parent.parent
         began = time.monotonic()
         parts = self.arranged(configs)
+        self._require_starts(parts)
         with _clean_environment():
             notes = preflight.check(self._cluster, runs, list(configs.values()), options=self._options(parts))
         for note in notes:
@@ -237,27 +238,27 @@ class _Submission:
         return len(mine)
 
     def arranged(self, configs: dict[Path, Config]) -> list[Part]:
-        """The jobs for these runs; one that starts from an unfinished run has a job of its own, behind all others.
-
-        Raises:
-            UserError: a run starts from one that is neither finished nor in these jobs or the queue.
-        """
+        """The jobs for these runs; one that starts from an unfinished run has a job of its own, behind all others."""
         gpus = {folder: config.runtime.gpus for folder, config in configs.items()}
         if self._cluster.scheduler is Scheduler.local:
             return arrange(gpus, self._cluster, self._limit())  # the job itself trains them in order
         starts = {folder: start_of(folder, config.start_from) for folder, config in configs.items()}
         later = {folder: start for folder, start in starts.items() if start and state_of(start) != "finished"}
-        known = ledger.Queue()
-        for folder, start in later.items():
-            if start not in configs and not ledger.claim_is_live(_claim(start), known):
-                raise UserError(
-                    f"expected {start.name}, from which {folder.name} starts, to be finished or in the queue, got a "
-                    f"run that is {state_of(start)}; submit it too, or give start_from=FILE."
-                )
         first = {folder: count for folder, count in gpus.items() if folder not in later}
         parts = arrange(first, self._cluster, self._limit())
         parts += [Part(shape_of(self._cluster, gpus[folder]), [[folder]], start) for folder, start in later.items()]
         return parts
+
+    def _require_starts(self, parts: list[Part]) -> None:
+        """Of what runs wait for, all must be in these jobs or in the queue."""
+        known, ours = ledger.Queue(), {folder for part in parts for job in part.jobs for folder in job}
+        for part in parts:
+            start = part.after
+            if start is not None and start not in ours and not ledger.claim_is_live(_claim(start), known):
+                raise UserError(
+                    f"expected {start.name}, from which {part.jobs[0][0].name} starts, to be finished or in the queue, "
+                    f"got a run that is {state_of(start)}; submit it too, or give start_from=FILE."
+                )
 
     def _limit(self) -> int:
         if self._cluster.scheduler is Scheduler.local:
@@ -490,6 +491,7 @@ def show_plan(experiment: str, configs: list[Config], states: dict[Path, str], c
         print(
             f"  {len(part.jobs)} x {s.nodes} node(s) with {s.tasks_per_node} task(s), {s.gpus_per_node} GPU(s) and "
             f"{s.tasks_per_node * s.cpus_per_task} core(s) each; {s.side_by_side} run(s) side by side in a job"
+            + ("" if part.after is None else f"; after {part.after.parent.name}/{part.after.name}")
         )
     print(describe_cost(wanted))
     if cluster.scheduler is Scheduler.slurm:
