@@ -334,7 +334,7 @@ def test_data_that_a_node_lacks_is_a_failure_that_retry_cures(login, tmp_path):
     assert said["kind"] == "data"
     assert said["host"] in login.bed.nodes
     assert str(images) in said["reason"]
-    assert str(images) in login.status(code=1)
+    assert f"1 x data on {said['host']}: expected train/" in login.status(code=1)
     (tmp_path / "away").rename(images)
     login.status("retry")
     login.release()
