@@ -267,11 +267,12 @@ def test_deadline(submit, check):
 
 
 @pytest.mark.slow
-def test_daemons_come_back_in_time(submit, check):
-    """Killed or ended, the controller and the node's daemon: the job does not notice."""
-    run = submit(**{"runtime.checkpoint_steps": NEVER})
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_daemons_come_back_in_time(submit, check, ranks):
+    """Killed or ended, the controller and the daemon of rank 0's node: the job does not notice."""
+    run = submit(ranks, **{"runtime.checkpoint_steps": NEVER})
     run.until_step(5)
-    node = run.in_queue().node
+    node = run.attempts()[0]["node"]
     run.save_controller()
     for number in (signal.SIGKILL, signal.SIGTERM):
         run.bed.stop_slurmctld(number)
