@@ -26,7 +26,7 @@ test: .venv/installed-test
 
 # Mostly waiting for Slurm: more processes than cores.
 test-slow: .venv/installed-test
-	$(BIN)/python -m pytest -m slow -n 8 --dist worksteal $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m slow -n 6 --dist worksteal $(PYTEST_ARGS)
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -155,6 +155,18 @@ class Submitted:
         self.until(lambda: self.step() >= step, f"step {step}")
         return self.step()
 
+    def until_trained(self, steps: int) -> tuple[int, int]:
+        """Wait until the latest attempt has done so many steps on all ranks; where it began, where it is."""
+        self.until(lambda: len(self.starts()) >= self.ranks * max(1, len(self.attempts())), "all ranks to train")
+        began = self.attempts()[-1]["from_step"]
+        told = self.folder / "progress.json"
+        started = (self._hook / "starts").stat().st_mtime
+        self.until(
+            lambda: told.exists() and told.stat().st_mtime > started + 0.1 and self.step() >= began + steps,
+            f"{steps} steps from {began}",
+        )
+        return began, self.step()
+
     def until_attempts(self, count: int) -> None:
         self.until(lambda: len(self.attempts()) >= count, f"{count} attempts")
 
@@ -199,15 +211,21 @@ class Submitted:
         pairs = zip(attempts, attempts[1:], strict=False)
         return [max(0, (before.get("reached_step") or 0) - after["from_step"]) for before, after in pairs]
 
-    def report(self, event: str) -> None:
-        """Append what the event has cost to the file that SLURM_EVENTS_REPORT names, for the documentation."""
+    def report(self, *events: str) -> None:
+        """Append what the events have cost to the file that SLURM_EVENTS_REPORT names, for the documentation.
+
+        An event belongs to an attempt, in order; a single one to all of them.
+        """
         if not REPORT:
             return
-        ends = ", ".join(attempt.get("outcome", "running") for attempt in self.attempts())
+        ends = [attempt.get("outcome", "running") for attempt in self.attempts()]
         state = self.failure().get("kind") or ("finished" if (self.folder / "result.json").exists() else "unfinished")
-        cost = f"{self.ranks} ranks, {len(self.attempts())} attempts ({ends}), lost {self.lost()} steps"
+        lost = self.lost()
         with open(REPORT, "a") as file:
-            file.write(f"EVENT {event}: {cost}, outcome {state}\n")
+            for number, event in enumerate(events):
+                part = slice(None) if len(events) == 1 else slice(number, number + 1)
+                cost = f"{self.ranks} ranks, {', '.join(ends[part])}, lost {lost[part]} steps"
+                file.write(f"EVENT {event}: {cost}, outcome {state}\n")
 
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:

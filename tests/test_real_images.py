@@ -1,4 +1,4 @@
-"""The paper's two CIFAR networks, and large photographs, through the code path for real images.
+"""Every family of experiments, for a few steps, on real images.
 
 TRACT_DATA names a folder with cifar10-jpeg.tar.gz (train/CLASS/*.jpg, test/CLASS/*.jpg) and
 imagenette160-train.tar and imagenette160-val.tar (train/CLASS/*.JPEG, val/CLASS/*.JPEG).
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from analysis import tables
 from experiments import cli
 
 pytestmark = pytest.mark.skipif(
@@ -77,3 +78,40 @@ def test_photographs_of_many_sizes_train(imagenette, tmp_path):
     constants = ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]
     result = train("cifar_resnet", tmp_path, f"data.root={imagenette}", *choices, *constants)
     assert result["steps"] == 3
+
+
+def run_and_tabulate(experiment: str, runs: Path, capsys, *choices: str) -> str:
+    """Train one run, and give the table that its folder makes."""
+    assert cli.main(experiment, "", "", [*choices, f"runtime.runs={runs}", "runtime.progress=false"]) == 0
+    capsys.readouterr()
+    assert tables.main(["--runs", str(runs), "--experiment", experiment]) == 0
+    return capsys.readouterr().out
+
+
+QUICK = ["max_steps=2", "runtime.workers=0", "runtime.gpus=0", "eval_batch_size=30", "precision=fp32"]
+NETTE = ["data.classes=10", "data.train_images=60", "data.test_images=30", "data.image_size=64", "batch_size=10"]
+TOY_VIT = ["model=deit3_small", "model.width=48", "model.depth=2", "model.heads=3"]
+
+
+def test_networks_of_the_zoo_train_on_real_images(cifar, tmp_path, capsys):
+    choices = ["model=shufflenetv2", "method=tract", f"data.root={cifar}", "data=imagefolder", "batch_size=16", *QUICK]
+    assert "shufflenetv2" in run_and_tabulate("cifar100_zoo", tmp_path, capsys, *choices)
+
+
+def test_imagenet_resnets_train_on_imagenette(imagenette, tmp_path, capsys):
+    choices = ["model=imagenet_resnet18", "method=tract", f"data.root={imagenette}", *NETTE, *QUICK]
+    assert "imagenet_resnet18" in run_and_tabulate("imagenet_resnet", tmp_path, capsys, *choices)
+
+
+def test_pre_training_fine_tuning_and_transfer_on_real_images(imagenette, cifar, tmp_path, capsys):
+    """Each starts from the run before it; other classes and another image size come last."""
+    choices = [*TOY_VIT, "method=tract", *QUICK]
+    pretrain = [*choices, "recipe.pretrain_epochs=400", f"data.root={imagenette}", *NETTE]
+    assert cli.main("imagenet_deit", "", "", [*pretrain, f"runtime.runs={tmp_path}", "runtime.progress=false"]) == 0
+    table = run_and_tabulate("imagenet_deit", tmp_path, capsys, *pretrain, "stage=finetune")
+    assert table.count("deit3_small") >= 1
+    (tuned,) = (tmp_path / "imagenet_deit").glob("*-50ep-*")
+    assert "starts from" in (tuned / "log.txt").read_text()
+    small = [f"data.root={cifar}", "data=imagefolder", "data.image_size=32", "batch_size=16"]
+    table = run_and_tabulate("transfer", tmp_path, capsys, *choices, *small, f"start_from=imagenet_deit/{tuned.name}")
+    assert "deit3_small" in table
