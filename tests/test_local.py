@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import cli
+from experiments import cli, local
 from experiments.config import compose_config, to_tree
 from experiments.training.lease import is_held
 from tests.holding import held_elsewhere
@@ -76,13 +76,20 @@ def test_a_failing_run_stops_no_other(tmp_path, capsys):
     assert sorted(path.parent.name.split("-")[-2] for path in tmp_path.rglob("result.json")) == ["s1"]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_signals_that_ask_a_grid_to_stop(number):
+    before = signal.getsignal(number)
+    with local._told() as names:
+        if number != signal.SIGUSR1:
+            os.kill(os.getpid(), number)
+            assert names == [number.name]
+        else:
+            assert signal.getsignal(number) == before, "not ours"
+    assert signal.getsignal(number) == before
+
+
 @pytest.mark.parametrize(
-    "number",
-    [
-        signal.SIGTERM,
-        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP, signal.SIGKILL)),
-    ],
-    ids=lambda number: number.name,
+    "number", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)], ids=lambda number: number.name
 )
 def test_a_grid_that_is_stopped_leaves_checkpoints_and_no_process(tmp_path, number):
     """Also when the grid's own process is killed; the same command continues."""

@@ -459,9 +459,9 @@ srun -N1 -n1 --exact -c1 {run} seed=3
 def test_fine_tuning_waits_for_its_pre_training(login, tmp_path):
     """Also while that is requeued; fine-tuning alone is refused as long as nobody trains what it starts from."""
     toy = ["model=deit3_small", "method=vanilla", "recipe.pretrain_epochs=400", "model.width=24", "model.depth=1"]
-    toy += ["model.heads=3", "model.patch=8", "data.image_size=16", "data=imagefolder", "batch_size=8", "max_steps=30"]
+    toy += ["model.heads=3", "model.patch=8", "data.image_size=16", "data=imagefolder", "batch_size=8", "max_steps=600"]
     toy += [f"data.root={make_images(tmp_path / 'images')}", "data.mean=[0.5,0.5,0.5]", "data.std=[0.3,0.3,0.3]"]
-    toy += ["precision=bf16", "runtime.gpus=0", "runtime.workers=0", "runtime.threads=1", "runtime.checkpoint_steps=1"]
+    toy += ["precision=bf16", "runtime.gpus=0", "runtime.workers=0", "runtime.threads=1", "runtime.checkpoint_steps=20"]
     deit = [sys.executable, ROOT / "experiments" / "imagenet_deit.py", "--submit", *PROFILE, *toy]
     assert "to be finished or in the queue, got a run that is missing" in login.run(*deit, "stage=finetune", code=2)
     assert "Submitted 2 runs in 2 jobs" in login.run(*deit, "runtime.heartbeat_seconds=0.2")
