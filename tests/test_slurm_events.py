@@ -221,6 +221,7 @@ class Story:
 SLOWLY = 0.7  # half a minute passes until Slurm believes a node dead
 ABRUPT = {"partition": "abrupt"}  # GraceTime=0
 TERM_ONLY = {"user_signal": False}  # Slurm's default: preemption is announced by SIGTERM
+OFTEN = {"runtime.checkpoint_steps": EVERY}
 LOADER = {"data.in_memory": "false", "runtime.workers": 2}
 USR2, TERM_USR2 = Event("USR2", usr2), Event("TERM, then USR2", term_usr2)
 AWAY = Event("USR2 while the controller is away", stop_while_the_controller_is_away)
@@ -243,7 +244,7 @@ STORIES = [
     ),
     Story([PREEMPT_TERM, Event("USR2 where JobRequeue=0", usr2)], bed=TERM_ONLY | {"job_requeue": False}),
     Story([PREEMPT_ABRUPT, Event("USR2 with loader processes", usr2)], profile=ABRUPT, settings=LOADER),
-    Story([Event("slurmd dead for a while", stop_slurmd_for_a_while, saves=False)], brake=SLOWLY),
+    Story([Event("slurmd dead for a while", stop_slurmd_for_a_while, saves=False)], settings=OFTEN, brake=SLOWLY),
     Story([USR2, TERM_USR2, AWAY], ranks=2),
     Story([DAEMONS, REQUEUE, PREEMPT, RETRY], ranks=2),
     Story(
@@ -258,14 +259,20 @@ STORIES = [
     ),
     Story([PREEMPT_TERM], ranks=2, bed=TERM_ONLY),
     Story([PREEMPT_ABRUPT], ranks=2, profile=ABRUPT),
-    Story([Event("slurmd of rank 0 dead", stop_slurmd, saves=False)], ranks=2, bed={"nodes": 4}, brake=SLOWLY),
+    Story(
+        [Event("slurmd of rank 0 dead", stop_slurmd, saves=False)],
+        ranks=2,
+        bed={"nodes": 4},
+        settings=OFTEN,
+        brake=SLOWLY,
+    ),
 ]
 
 
 @pytest.mark.parametrize("story", [story.parameter() for story in STORIES])
 def test_a_disturbed_run_ends_as_if_undisturbed(story, submit, check):
     """Where there is notice the next attempt begins where the event came, else not before this one began."""
-    settings = story.settings | {"runtime.checkpoint_steps": NEVER}
+    settings = {"runtime.checkpoint_steps": NEVER} | story.settings
     run = submit(story.ranks, story.bed, story.profile, story.brake, **settings)
     for event in story.events:
         began, step = run.until_trained(FEW)
