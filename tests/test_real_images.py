@@ -95,12 +95,12 @@ TOY_VIT = ["model=deit3_small", "model.width=48", "model.depth=2", "model.heads=
 
 def test_networks_of_the_zoo_train_on_real_images(cifar, tmp_path, capsys):
     choices = ["model=shufflenetv2", "method=tract", f"data.root={cifar}", "data=imagefolder", "batch_size=16", *QUICK]
-    assert "shufflenetv2" in run_and_tabulate("cifar100_zoo", tmp_path, capsys, *choices)
+    assert "(1)" in run_and_tabulate("cifar100_zoo", tmp_path, capsys, *choices)
 
 
 def test_imagenet_resnets_train_on_imagenette(imagenette, tmp_path, capsys):
     choices = ["model=imagenet_resnet18", "method=tract", f"data.root={imagenette}", *NETTE, *QUICK]
-    assert "imagenet_resnet18" in run_and_tabulate("imagenet_resnet", tmp_path, capsys, *choices)
+    assert "(1)" in run_and_tabulate("imagenet_resnet", tmp_path, capsys, *choices)
 
 
 def test_pre_training_fine_tuning_and_transfer_on_real_images(imagenette, cifar, tmp_path, capsys):
@@ -109,9 +109,9 @@ def test_pre_training_fine_tuning_and_transfer_on_real_images(imagenette, cifar,
     pretrain = [*choices, "recipe.pretrain_epochs=400", f"data.root={imagenette}", *NETTE]
     assert cli.main("imagenet_deit", "", "", [*pretrain, f"runtime.runs={tmp_path}", "runtime.progress=false"]) == 0
     table = run_and_tabulate("imagenet_deit", tmp_path, capsys, *pretrain, "stage=finetune")
-    assert table.count("deit3_small") >= 1
+    assert table.count("(1)") == 2  # a row for each stage
     (tuned,) = (tmp_path / "imagenet_deit").glob("*-50ep-*")
     assert "starts from" in (tuned / "log.txt").read_text()
     small = [f"data.root={cifar}", "data=imagefolder", "data.image_size=32", "batch_size=16"]
     table = run_and_tabulate("transfer", tmp_path, capsys, *choices, *small, f"start_from=imagenet_deit/{tuned.name}")
-    assert "deit3_small" in table
+    assert "(1)" in table
