@@ -141,7 +141,8 @@ def submit(experiment: str, configs: list[Config], cluster: Cluster) -> int:
     counts = Counter(state for state in states.values() if state not in ("resumable", "missing"))
     if wanted:
         submitted = _Submission(experiment, cluster, os.getcwd()).send(wanted, prepare=True)
-        counts["queued already"] = len(wanted) - submitted
+        for state in (state_of(folder) for folder in wanted if folder not in submitted):
+            counts["queued already" if state in ("resumable", "missing") else state] += 1
     others = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
     print(f"The other runs of the plan: {others}." if others else "That is the whole plan.")
     where = _runs_flag(next(iter(folders)).parents[1])
@@ -197,8 +198,8 @@ class _Submission:
     def __init__(self, experiment: str, cluster: Cluster, cwd: str):
         self._experiment, self._cluster, self._cwd = experiment, cluster, cwd
 
-    def send(self, configs: dict[Path, Config], prepare: bool) -> int:
-        """Check, claim, copy the code, queue; how many runs were submitted."""
+    def send(self, configs: dict[Path, Config], prepare: bool) -> list[Path]:
+        """Check, claim, copy the code, queue; the runs that were submitted."""
         runs = next(iter(configs)).parent.parent
         began = time.monotonic()
         parts = self.arranged(configs)
@@ -208,7 +209,7 @@ class _Submission:
         for note in notes:
             print(f"note: {note}")
         self._folder = self._make_folder(runs / self._experiment / ledger.SUBMISSIONS)
-        mine = ledger.claim(list(configs), self._folder.name)
+        mine = self._claim(list(configs))
         try:
             if mine:
                 if prepare:
@@ -235,7 +236,17 @@ class _Submission:
                 f"Submitted {len(mine)} runs in {jobs} jobs, at most {at_once} at a time, as {self._folder.name} "
                 f"({time.monotonic() - began:.1f} s)."
             )
-        return len(mine)
+        return mine
+
+    def _claim(self, folders: list[Path]) -> list[Path]:
+        """Claim what nobody else is going to train, nor has trained since it was looked at."""
+        mine = []
+        for folder in ledger.claim(folders, self._folder.name):
+            if state_of(folder) in ("resumable", "missing"):
+                mine.append(folder)
+            else:
+                ledger.release(folder, self._folder.name, "not submitted")
+        return mine
 
     def arranged(self, configs: dict[Path, Config]) -> list[Part]:
         """The jobs for these runs; one that starts from an unfinished run has a job of its own, behind all others."""

@@ -69,14 +69,14 @@ def test_every_setting_has_a_network_for_its_images(name):
         model = runtime._network(setting, config)
         scores = model(torch.empty(2, setting.channels, setting.image_size, setting.image_size))
     assert scores.shape == (2, setting.classes)
-    assert config.batch_size == (256 if setting.torchvision else 64 if name == "quickstart" else 128)
+    assert config.batch_size == (256 if setting.classes == 1000 else 64 if name == "quickstart" else 128)
 
 
 BAD = [
     (["cifar_resnt"], "unknown setting 'cifar_resnt'; nearest: cifar_resnet"),
     (["quickstart", "method=tract"], "method is fixed by what is measured"),
     (["quickstart", "data=cifar10"], "data is fixed by what is measured"),
-    (["imagenet_resnet18", "model=resnet34"], "model is fixed by what is measured"),
+    (["deit_small", "stage=finetune"], "stage is fixed by what is measured"),
     (["quickstart", "epoch=3"], "unknown key epoch"),
     (["quickstart", "seed=0,1"], "seed has 2 values"),
     (["--blocks", "1"], "expected --blocks to be at least 2, got 1"),

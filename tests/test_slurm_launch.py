@@ -576,6 +576,26 @@ def test_a_refused_submission_leaves_its_runs_free(fake_slurm, tmp_path, capsys)
     assert "2 queued already" in said
 
 
+def test_what_ends_while_the_cluster_is_looked_at_is_not_submitted(fake_slurm, tmp_path, capsys, monkeypatch):
+    """Of two runs that were still being trained elsewhere when the plan was made, one is finished by now."""
+    check = preflight.check
+
+    def slow_check(cluster, runs, configs, **keywords):
+        folder = folder_of(configs[0]).absolute()
+        folder.mkdir(parents=True)
+        (folder / "result.json").write_text('{"metrics": {}}')
+        ended.append(folder)
+        return check(cluster, runs, configs, **keywords)
+
+    ended = []
+    monkeypatch.setattr(preflight, "check", slow_check)
+    assert quickstart("--submit", *TWO) == 0
+    said = capsys.readouterr().out
+    assert "Submitted 1 runs in 1 jobs" in said
+    assert "The other runs of the plan: 1 finished." in said
+    assert read_json(ledger.newest_claim(ended[0]))["released"] == "not submitted"
+
+
 def test_retry_submits_as_before_but_for_the_changes(fake_slurm, tmp_path, capsys):
     assert quickstart("--submit", *TWO, "cluster.qos=long", "cluster.memory_gb=8") == 0
     folders = run_folders(tmp_path)
