@@ -209,7 +209,8 @@ class _Submission:
         for note in notes:
             print(f"note: {note}")
         self._folder = self._make_folder(runs / self._experiment / ledger.SUBMISSIONS)
-        mine = self._claim(list(configs))
+        # Whoever retries means failed and cancelled runs too.
+        mine = self._claim(list(configs), ("resumable", "missing", *(() if prepare else ("failed", "cancelled"))))
         try:
             if mine:
                 if prepare:
@@ -238,11 +239,11 @@ class _Submission:
             )
         return mine
 
-    def _claim(self, folders: list[Path]) -> list[Path]:
+    def _claim(self, folders: list[Path], states: tuple[str, ...]) -> list[Path]:
         """Claim what nobody else is going to train, nor has trained since it was looked at."""
         mine = []
         for folder in ledger.claim(folders, self._folder.name):
-            if state_of(folder) in ("resumable", "missing"):
+            if state_of(folder) in states:
                 mine.append(folder)
             else:
                 ledger.release(folder, self._folder.name, "not submitted")
