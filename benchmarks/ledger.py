@@ -21,6 +21,8 @@ import subprocess
 import tempfile
 import time
 
+from experiments.training.place import cpu_name
+
 ROOT = Path(__file__).resolve().parents[1]
 PATTERN = ("finished",) * 12 + ("running", "queued", "queued", "queued", "resumable", "missing", "failed", "cancelled")
 _STEPS = 1000
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         seconds = [seconds_to_list(Path(root)) for _ in range(options.repeat)]
     print(
         f"{options.runs} runs listed in {statistics.median(seconds):.2f} s (median of {len(seconds)}, "
-        f"{min(seconds):.2f} to {max(seconds):.2f}); Python {platform.python_version()}, {_processor()}, "
+        f"{min(seconds):.2f} to {max(seconds):.2f}); Python {platform.python_version()}, {cpu_name()}, "
         f"{len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}"
     )
     return 0
@@ -111,12 +113,6 @@ def _make_run(folder: Path, state: str, number: int) -> None:
 
 def _write(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content))
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

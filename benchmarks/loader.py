@@ -39,6 +39,7 @@ from experiments.training.data import Batches
 from experiments.training.datasets import ImageData, Split
 from experiments.training.imagenet import imagenet
 from experiments.training.parallel import Ranks
+from experiments.training.place import cpu_name
 from experiments.training.shards import Shards
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -179,14 +180,8 @@ def _report(passed: dict[str, list[tuple[float, float]]], options: argparse.Name
         f"n = {options.repeat} passes of {options.images} images ({sides}{bytes_}), batches of {options.batch_size}, "
         f"{options.workers} loader processes, {options.image_size} px, device {options.device}; Python "
         f"{platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}, Pillow "
-        f"{PIL.__version__}; {_processor()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} before"
+        f"{PIL.__version__}; {cpu_name()}, {len(os.sched_getaffinity(0))} cores, load {load:.1f} before"
     )
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

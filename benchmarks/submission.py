@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from experiments.config import parse_overrides
 from experiments.grid import plan
 from experiments.training.folder import folder_of, prepare_folder
+from experiments.training.place import cpu_name
 from slurm import launch, ledger, preflight, queue, snapshot
 from slurm.profile import load_cluster
 from slurm.testbed import Testbed
@@ -47,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
         slurm = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=True).stdout.strip()
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("torch", "hydra-core", "submitit")]
     print(
-        f"Python {platform.python_version()}, {', '.join(versions)}, {slurm}; {_processor()}, "
+        f"Python {platform.python_version()}, {', '.join(versions)}, {slurm}; {cpu_name()}, "
         f"{len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}; "
         f"load average before: {load:.1f}"
     )
@@ -98,13 +99,6 @@ def _timed(what: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     print(f"{time.perf_counter() - began:7.2f} s  {what}", flush=True)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -112,46 +113,8 @@ def digits(augment: str, padding: int, flip: bool, mean: list | None, std: list 
     return ImageData(train, test, [str(n) for n in range(10)], 1, 8, mean, std, augment, padding, flip, in_memory)
 
 
-def cifar10(
-    root: str,
-    augment: str,
-    padding: int,
-    flip: bool,
-    mean: list,
-    std: list,
-    in_memory: bool | None,
-    rotation: float = 0.0,
-    image_size: int = 32,
-    interpolation: str = "bilinear",
-) -> ImageData:
-    """CIFAR-10 through torchvision: downloaded once to ``root``, checked by its checksums.
-
-    ``in_memory`` None keeps images in memory; those of another ``image_size`` are made by loader processes.
-    """
-    return _cifar(CIFAR10, root, augment, padding, flip, mean, std, in_memory, rotation, image_size, interpolation)
-
-
-def cifar100(
-    root: str,
-    augment: str,
-    padding: int,
-    flip: bool,
-    mean: list,
-    std: list,
-    in_memory: bool | None,
-    rotation: float = 0.0,
-    image_size: int = 32,
-    interpolation: str = "bilinear",
-) -> ImageData:
-    """CIFAR-100 through torchvision: downloaded once to ``root``, checked by its checksums.
-
-    ``in_memory`` None keeps images in memory; those of another ``image_size`` are made by loader processes.
-    """
-    return _cifar(CIFAR100, root, augment, padding, flip, mean, std, in_memory, rotation, image_size, interpolation)
-
-
 def _cifar(
-    kind,
+    kind: type[CIFAR10 | CIFAR100],
     root: str,
     augment: str,
     padding: int,
@@ -159,10 +122,14 @@ def _cifar(
     mean: list,
     std: list,
     in_memory: bool | None,
-    rotation: float,
-    image_size: int,
-    interpolation: str,
+    rotation: float = 0.0,
+    image_size: int = 32,
+    interpolation: str = "bilinear",
 ) -> ImageData:
+    """CIFAR-10 or CIFAR-100 through torchvision: downloaded once to ``root``, checked by its checksums.
+
+    ``in_memory`` None keeps images in memory; those of another ``image_size`` are made by loader processes.
+    """
     keep = image_size == 32 if in_memory is None else in_memory
     if keep and image_size != 32:
         raise UserError(f"expected data.image_size to be 32 with data.in_memory=true, got {image_size}.")
@@ -180,6 +147,9 @@ def _cifar(
     )
     shape = (rotation, 1.0, interpolation)
     return ImageData(train, test, parts[0].classes, 3, image_size, mean, std, augment, padding, flip, keep, *shape)
+
+
+cifar10, cifar100 = partial(_cifar, CIFAR10), partial(_cifar, CIFAR100)
 
 
 def imagefolder(

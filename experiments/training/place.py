@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import socket
+from pathlib import Path
 
 
 def place_of_this_rank() -> tuple[int, int, int]:
@@ -42,3 +44,12 @@ def slurm_start() -> dict:
     if job is None:
         return {}
     return {"job": job, "restart": int(os.environ.get("SLURM_RESTART_COUNT", 0))}
+
+
+def cpu_name() -> str:
+    """The model of this machine's processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

@@ -19,6 +19,7 @@ import torch
 
 from experiments.errors import UserError
 from experiments.training.files import write_atomically, write_json
+from experiments.training.place import cpu_name
 
 SNAPSHOT = "snapshot.json"  # in a copy of the code that jobs run from: what it is a copy of
 _ROOT = Path(__file__).parents[2]
@@ -139,16 +140,8 @@ def versions() -> dict[str, str]:
 def hardware(device: torch.device) -> dict:
     """The device, the machine's cores, torch's threads and the host."""
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "host": socket.gethostname(),
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
