@@ -140,8 +140,8 @@ def _steps(trainer: Trainer) -> Iterator[None]:
     """Each ``next`` is one step of the training loop, on the next batch."""
     for epoch in itertools.count():
         trainer.model.train()
-        for index, (images, labels) in enumerate(trainer.batches.train(epoch)):
-            trainer._step(images, labels, trainer.batches.global_count(index))
+        for index, batch in enumerate(trainer.batches.train(epoch)):
+            trainer._step(batch, trainer.batches.global_count(index))
             trainer.progress.step += 1
             yield
 

@@ -18,18 +18,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from experiments.config import Config, Loss, Precision
+from experiments.config import Config, Precision
 from experiments.errors import TrainingFailedError
-from experiments.training.data import Batches
-from experiments.training.evaluate import evaluate
+from experiments.training.data import Batch, Batches
 from experiments.training.lease import SupersededError
 from experiments.training.log import RunLog
-from experiments.training.losses import binary_cross_entropy, cross_entropy
-from experiments.training.mix import mixing
 from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
 from experiments.training.parallel import Ranks
 from experiments.training.randomness import seed_torch
 from experiments.training.stop import StopRequest, Wish
+from experiments.training.task import task_of
 from tract.methods.base import Method
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
@@ -47,7 +45,7 @@ class Progress:
     evaluated: int = 0  # optimizer steps done at the last evaluation
     seconds: float = 0.0  # training and evaluation time over all attempts
     epoch_seconds: float = 0.0  # the part of it in the current epoch
-    window: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])  # loss sum, hits, images since the last point
+    window: list[float] = field(default_factory=list)  # sums of loss and measures, and images, since the last point
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
 
@@ -86,12 +84,12 @@ class Trainer:
         self.device = batches.device
         self.progress = Progress()
         self.total_steps = total_steps(config, batches.steps_per_epoch)
-        self._mix = mixing(config.mixup, config.cutmix, len(batches.data.classes))
+        self.task = task_of(config, batches.data)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
         self.ema = None
         if config.ema_decay is not None:
             self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-        self._window = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self._window = torch.zeros(2 + len(self.task.measures), dtype=torch.float64, device=self.device)
         self._bad_step = torch.tensor(-1, device=self.device)
         self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
         self._network = model
@@ -170,22 +168,20 @@ class Trainer:
         last = min(per_epoch, self.total_steps - epoch * per_epoch)
         self.model.train()
         self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
-        for index, (images, labels) in zip(range(first, last), self.batches.train(epoch, first), strict=False):
-            self._step(images, labels, self.batches.global_count(index))
+        for index, batch in zip(range(first, last), self.batches.train(epoch, first), strict=False):
+            self._step(batch, self.batches.global_count(index))
             self._after_step(at_end=index == last - 1)
 
-    def _step(self, images: Tensor, labels: Tensor, global_count: int) -> None:
+    def _step(self, batch: Batch, global_count: int) -> None:
         step, config = self.progress.step, self.config
-        if self._mix is not None:
-            seed_torch(config.seed, "mix", step)  # the same proportion and box on every rank
-            images, labels = self._mix(images, labels)
+        batch = self.task.prepared(batch, step)
         seed_torch(config.seed, "step", step, self.ranks.rank)
         set_learning_rate(self.optimizer, self.factor(step))
         self.method.before_step(self.model, step)
         self.optimizer.zero_grad(set_to_none=True)
         parts = self._parts(global_count)
         with self.method.accumulating(self.model) if parts > 1 else nullcontext():
-            self._backward(images, labels, global_count, parts)
+            self._backward(batch, global_count, parts)
         self._add_penalty()
         if config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -203,23 +199,18 @@ class Trainer:
         smallest, largest = global_count // self.ranks.size, math.ceil(global_count / self.ranks.size)
         return min(max(1, smallest), math.ceil(largest / (self.config.micro_batch or largest)))
 
-    def _backward(self, images: Tensor, labels: Tensor, global_count: int, parts: int) -> None:
+    def _backward(self, batch: Batch, global_count: int, parts: int) -> None:
         """Gradients of the mean loss over the global batch."""
-        for number, (part, target) in enumerate(
-            zip(images.tensor_split(parts), labels.tensor_split(parts), strict=True)
-        ):
+        for number, part in enumerate(self.task.split(batch, parts)):
             together = number == parts - 1  # ranks exchange gradients in the last part only
             with nullcontext() if together or self.ranks.size == 1 else self._network.no_sync(), self._autocast():
-                scores = self._network(self._in_format(part))
-                total = self._loss(scores.float(), target)
+                total, measures = self.task.loss(self._forward, part)
                 loss = total * (self.ranks.size / global_count)
             self.scaler.scale(loss).backward()
-            self._note(total.detach(), scores.detach(), target)
+            self._note(total.detach(), measures, len(part[0]))
 
-    def _loss(self, scores: Tensor, targets: Tensor) -> Tensor:
-        if self.config.loss is Loss.bce:
-            return binary_cross_entropy(scores, targets)
-        return cross_entropy(scores, targets, self.config.label_smoothing)
+    def _forward(self, images: Any, *others: Any) -> Any:
+        return self._network(self._in_format(images), *others)
 
     def _add_penalty(self) -> None:
         """The penalty's own gradient, the same on every rank, added once to the finished gradients."""
@@ -232,11 +223,8 @@ class Trainer:
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
-    def _note(self, total: Tensor, scores: Tensor, target: Tensor) -> None:
-        labels = target if target.ndim == 1 else target.argmax(1)  # of a mixed image the larger part's
-        hits = (scores.argmax(1) == labels).sum()
-        count = torch.full_like(total, len(target))
-        self._window += torch.stack([total, hits, count]).double()
+    def _note(self, total: Tensor, measures: Tensor, images: int) -> None:
+        self._window += torch.cat([total[None], measures, torch.full_like(total, images)[None]]).double()
         is_first_bad = ~torch.isfinite(total) & (self._bad_step < 0)
         self._bad_step = torch.where(is_first_bad, self.progress.step, self._bad_step)
 
@@ -262,14 +250,15 @@ class Trainer:
 
     def _log_window(self) -> None:
         self._require_finite()
-        loss, hits, count = self.ranks.sum(self._window.clone()).tolist()
+        *sums, count = self.ranks.sum(self._window.clone()).tolist()
         self._window.zero_()
         step = self.progress.step
-        loss, top1 = loss / count, 100 * hits / count
-        self.log.scalar("train/loss", loss, step)
-        self.log.scalar("train/top1", top1, step)
+        means = {name: total / count for name, total in zip(("loss", *self.task.measures), sums, strict=True)}
+        for name, value in means.items():
+            self.log.scalar(f"train/{name}", value, step)
         self.log.scalar("train/lr", self.optimizer.param_groups[0]["lr"], step)
-        figures = f"loss {loss:.3f}, accuracy {top1:.1f} %, {self.images_per_second():.0f} images/s"
+        shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
+        figures = f"{shown}, {self.images_per_second():.0f} images/s"
         self._bar.set_postfix_str(figures)
         if self._bar.disable and time.monotonic() - self._last_said > _SECONDS_BETWEEN_LINES:
             self._last_said = time.monotonic()
@@ -334,19 +323,19 @@ class Trainer:
             self.ranks.share(self.ema.module.buffers())
         self.model.eval()
         for name, predictor in self._views():  # stopped in between, the whole evaluation is repeated
-            result = evaluate(predictor, self.batches.test(), len(self.batches.data.test), self.ranks, self._heed)
+            result = self.task.evaluate(predictor, self.batches.test(), self.ranks, self._heed)
             metrics |= {f"{name}/{key}": value for key, value in result.items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds()
         self._record(metrics, speed)
 
-    def _views(self) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
+    def _views(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
         yield from ((name, self._predictor(view)) for name, view in self.method.views(self.model))
         if self.ema is not None:
             yield "ema", self._predictor(self.ema.module.eval())
 
-    def _predictor(self, view: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def predict(images: Tensor) -> Tensor:
+    def _predictor(self, view: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def predict(images: Any) -> Any:
             with self._autocast():
                 return view(self._in_format(images))
 
@@ -372,8 +361,10 @@ class Trainer:
         dtype = torch.bfloat16 if self.config.precision is Precision.bf16 else torch.float16
         return torch.autocast(self.device.type, dtype)
 
-    def _in_format(self, images: Tensor) -> Tensor:
-        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+    def _in_format(self, images: Any) -> Any:
+        if self.config.channels_last and isinstance(images, Tensor):
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
