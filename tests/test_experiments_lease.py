@@ -25,22 +25,28 @@ RACE = """
 import sys, time
 from pathlib import Path
 from experiments.training.lease import issue
-folder, begin = Path(sys.argv[1]), float(sys.argv[2])
+folder = Path(sys.argv[1])
 won = []
+print("ready", flush=True)
+begin = float(input())
 while time.time() < begin: pass
 for number in range(1, 201):
-    if issue(folder, number, {"by": sys.argv[3]}): won.append(number)
+    if issue(folder, number, {"by": sys.argv[2]}): won.append(number)
 print(won)
 """
 
 
 def test_of_many_processes_one_gets_each_ticket(tmp_path):
     """Four processes try for the same 200 numbers at the same time; links and exclusive creation alike."""
-    begin = str(time.time() + 2)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     racers = [
-        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), begin, str(k)], stdout=subprocess.PIPE, cwd=ROOT)
-        for k in range(4)
+        subprocess.Popen([sys.executable, "-c", RACE, str(tmp_path), str(k)], cwd=ROOT, **pipes) for k in range(4)
     ]
+    assert [racer.stdout.readline() for racer in racers] == 4 * ["ready\n"]
+    begin = time.time() + 0.2
+    for racer in racers:
+        racer.stdin.write(f"{begin}\n")
+        racer.stdin.flush()
     won = [json.loads(racer.communicate()[0]) for racer in racers]
     assert sorted(sum(won, [])) == list(range(1, 201))
     assert sum(map(bool, won)) > 1
@@ -224,7 +230,7 @@ def test_what_a_superseded_process_still_says_reaches_no_record(tmp_path):
     from experiments.training.log import RunLog, cut_events
 
     mine = take(tmp_path, 10.0)
-    older = RunLog(tmp_path, {}, {}, guard=mine.check)
+    older = RunLog(tmp_path, {}, {}, "test/top1", guard=mine.check)
     older.scalar("train/loss", 1.0, 1)
     sizes = older.sizes()
     _elsewhere(tmp_path, 2)

@@ -105,6 +105,7 @@ def test_a_requeued_job_comes_back(cluster, tmp_path):  # noqa: F811
     assert job(cluster, task)[1:3] == ("RUNNING", 0)
     cluster.run("scontrol", "requeue", task)
     until(cluster, task, "PENDING")
+    time.sleep(1.1)  # in the second of the requeue the node revokes every credential of this job
     cluster.run("scontrol", "update", f"jobid={task}", "StartTime=now")
     until(cluster, task, "RUNNING")
     assert job(cluster, task).restarts == 1
