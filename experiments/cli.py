@@ -164,7 +164,8 @@ def _run_here(config: Config, debugger: bool) -> int:
 
             pdb.post_mortem()
         raise
-    figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.endswith("/top1"))
+    measure = result["headline"].rpartition("/")[2]
+    figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.endswith(f"/{measure}"))
     if _is_first_rank():
         print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
     return 0

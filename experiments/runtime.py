@@ -48,6 +48,7 @@ from experiments.training.provenance import hardware, versions
 from experiments.training.randomness import seed_torch
 from experiments.training.run import torch_settings
 from experiments.training.stop import StopRequest
+from experiments.training.task import task_of
 
 METHODS = ("vanilla", "tract")
 
@@ -163,8 +164,10 @@ def _wait(device: torch.device) -> None:
 def _trainer(setting: Setting, config: Config, batches: int, device: torch.device) -> Trainer:
     """As a run makes it, but with synthetic images, a constant learning rate and no record."""
     ranks = Ranks()
+    data = _synthetic(setting, config, batches * config.batch_size)
+    task = task_of(config, data)
     pipe = Batches(
-        _synthetic(setting, config, batches * config.batch_size),
+        data,
         seed=config.seed,
         batch_size=config.batch_size,
         drop_last=True,
@@ -179,8 +182,10 @@ def _trainer(setting: Setting, config: Config, batches: int, device: torch.devic
     method.apply(model)
     model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
     optimizer = build_optimizer(config.optim, method, model, config.decay_matrices_only)
-    log, stop = RunLog(None, {}, {}), StopRequest(None)
-    return Trainer(config, model, method, optimizer, lambda step: 1.0, pipe, log, stop, ranks, lambda step, state: None)
+    log, stop = RunLog(None, {}, {}, task.headline), StopRequest(None)
+    return Trainer(
+        config, task, model, method, optimizer, lambda step: 1.0, pipe, log, stop, ranks, lambda step, state: None
+    )
 
 
 def _network(setting: Setting, config: Config) -> nn.Module:

@@ -35,7 +35,7 @@ def _head(entry: Entry, said: Run) -> list[str]:
     unknown = "?" if said["damaged"] else "-"
     values = {key: round(value, 2) if is_number(value) else unknown for key, value in said.items()}
     progress = f"step {values['step']} of {values['steps']}, epoch {values['epoch']} of {values['epochs']}"
-    speed = [f"test/top1 {values['top1']}"]
+    speed = [f"{said['headline'] or 'score'} {values['score']}"]
     speed += [f"{said['images_per_second']:.0f} images/s"] if said["images_per_second"] is not None else []
     speed += [f"{span(said['seconds_left'])} left"] if said["seconds_left"] is not None else []
     speed += [f"{span(said['seconds'])} of training"] if said["seconds"] is not None else []

@@ -18,7 +18,7 @@ def facts(entry: Entry) -> Run:
     ``damaged`` says that a file which should tell more cannot be read.
     """
     source, values, damaged = _told_figures(entry), {}, False
-    for key in ("step", "steps", "epoch", "epochs", "top1", "images_per_second", "seconds_left", "seconds"):
+    for key in ("step", "steps", "epoch", "epochs", "score", "images_per_second", "seconds_left", "seconds"):
         value = source.get(key)
         values[key] = value if is_number(value) else None
         damaged |= value is not None and values[key] is None
@@ -33,6 +33,7 @@ def facts(entry: Entry) -> Run:
         "folder": str(entry.folder),
         "state": entry.state,
         **values,
+        "headline": text(source.get("headline")),
         "attempts": entry.attempts or (source["attempts"] if is_number(source.get("attempts")) else 0),
         "node": _node_of(entry, failure),
         "job": entry.task.job if entry.task else None,
@@ -50,7 +51,8 @@ def _told_figures(entry: Entry) -> dict[str, Any]:
     result, metrics = entry.result, entry.result.get("metrics")
     if not isinstance(metrics, dict):
         return {}
-    whole = {"step": result.get("steps"), "epoch": result.get("epochs"), "top1": metrics.get("test/top1")}
+    score = metrics.get(text(result.get("headline")))
+    whole = {"step": result.get("steps"), "epoch": result.get("epochs"), "score": score}
     return result | whole
 
 

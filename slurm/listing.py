@@ -32,7 +32,7 @@ _HINTS = {
     "no-progress": "longer jobs or a smaller runtime.checkpoint_seconds, then retry",
     "requeues": "retry gives a new budget",
 }
-_HEADS = ("run", "state", "done", "epoch", "top1", "img/s", "left", "tries", "job", "node (reason)")
+_HEADS = ("run", "state", "done", "epoch", "score", "img/s", "left", "tries", "job", "node (reason)")
 _GO_FIRST = (7, 3, 5, 8, 4, 6)  # columns to leave out of a narrow terminal, in this order
 _NAME_WIDTH = 28  # that names should have before columns go
 
@@ -159,7 +159,7 @@ def _cells(said: Run) -> list[str]:
         said["state"],
         done,
         f"{said['epoch']:.4g}/{said['epochs']:.4g}" if known else unknown,
-        cell("top1", lambda value: f"{value:.2f}"),
+        cell("score", lambda value: f"{value:.2f}"),
         cell("images_per_second", lambda value: f"{value:.0f}") if said["state"] == "running" else "-",
         cell("seconds_left", span) if said["state"] == "running" else "-",
         str(said["attempts"] or "-"),

@@ -17,11 +17,11 @@ CHANGES = {"model": "vit_small", "model.width": 8, "model.depth": 1, "model.head
 def test_blocks_of_the_loops_own_steps_take_turns_after_the_warm_up(monkeypatch):
     step, steps, clock = Trainer._step, [], iter(range(1000))
 
-    def noted(trainer, images, labels, count):
+    def noted(trainer, batch, count):
         steps.append("tract" if any(isinstance(m, TrActLayer) for m in trainer.model.modules()) else "vanilla")
-        assert (len(images), len(labels), count) == (4, 4, 4)
+        assert (*map(len, batch), count) == (4, 4, 4)
         before = [p.detach().clone() for p in trainer.model.parameters()]
-        step(trainer, images, labels, count)
+        step(trainer, batch, count)
         assert not all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
     monkeypatch.setattr(Trainer, "_step", noted)

@@ -35,12 +35,20 @@ PROGRESS = {
     "steps": 100,
     "epoch": 2.5,
     "epochs": 10.0,
-    "top1": 61.25,
+    "headline": "test/top1",
+    "score": 61.25,
     "images_per_second": 812.4,
     "seconds_left": 3700,
     "host": "node03",
 }
-RESULT = {"metrics": {"test/top1": 93.5}, "steps": 100, "epochs": 10, "seconds": 200.0, "attempts": 3}
+RESULT = {
+    "headline": "test/top1",
+    "metrics": {"test/top1": 93.5},
+    "steps": 100,
+    "epochs": 10,
+    "seconds": 200.0,
+    "attempts": 3,
+}
 OOM = {
     "kind": "out-of-memory",
     "reason": "OutOfMemoryError: CUDA out of memory. Tried to allocate 20 MiB",
@@ -220,7 +228,7 @@ def test_a_row_says_what_the_files_say(runs, slurm, call):
     assert found["broken"] == ["failed", "25", "%", "2.5/10", "61.25", "-", "-", "-", "-", "node03", "(out-of-memory)"]
     assert found["new"] == ["missing", "-", "-", "-", "-", "-", "-", "-", "-"]
     by_name = {run["run"]: run for run in json.loads(call("--json")[1])["runs"]}
-    for key in ("step", "steps", "epoch", "epochs", "top1", "images_per_second", "seconds_left"):
+    for key in ("step", "steps", "epoch", "epochs", "score", "images_per_second", "seconds_left"):
         assert by_name["now"][key] == PROGRESS[key]
     assert by_name["broken"]["failure"] == OOM
     assert by_name["broken"]["seconds_left"] is by_name["broken"]["images_per_second"] is None
@@ -298,7 +306,7 @@ def test_bad_input_is_one_sentence(runs, slurm, call, arguments, error):
 
 
 HALF = '{"step": 25, "ste'
-WRONG = {"step": "a", "steps": [1], "epoch": {}, "epochs": None, "top1": "x", "seconds_left": "1"}
+WRONG = {"step": "a", "steps": [1], "epoch": {}, "epochs": None, "score": "x", "seconds_left": "1"}
 DAMAGE = [
     ("running", "progress.json", HALF, "?"),
     ("running", "progress.json", "[1, 2]", "?"),
@@ -306,8 +314,8 @@ DAMAGE = [
     ("running", "progress.json", PROGRESS | {"step": float("nan"), "images_per_second": True}, "?"),
     ("running", "progress.json", '{"step": 1' + "0" * 500 + "}", "?"),
     ("running", "progress.json", PROGRESS | {"images_per_second": True}, "?"),
-    ("running", "progress.json", {key: value for key, value in PROGRESS.items() if key != "top1"} | {"host": 3}, "-"),
-    ("running", "progress.json", PROGRESS | {"top1": None, "seconds_left": "soon"}, "?"),
+    ("running", "progress.json", {key: value for key, value in PROGRESS.items() if key != "score"} | {"host": 3}, "-"),
+    ("running", "progress.json", PROGRESS | {"score": None, "seconds_left": "soon"}, "?"),
     ("running", "lease/00000001.json", HALF, "61.25"),
     ("running", "attempts/00000001.json", HALF, "61.25"),
     ("finished", "result.json", HALF, "?"),

@@ -32,6 +32,7 @@ class RunLog:
         folder: the run folder, or None to write nothing.
         sizes: {event file name: bytes to keep} of the checkpoint that is resumed; {} at a start.
         hyper_parameters: flat values for TensorBoard's HParams page, written at a start.
+        headline: tag of the number that this page shows.
         guard: called before points go to disk; raises SupersededError where another process
             has taken the run.
     """
@@ -41,6 +42,7 @@ class RunLog:
         folder: Path | None,
         sizes: dict[str, int],
         hyper_parameters: dict,
+        headline: str,
         guard: Callable[[], None] | None = None,
     ):
         self._folder, self._writer = folder, None
@@ -57,7 +59,7 @@ class RunLog:
         cut_events(folder, sizes)
         self._writer = SummaryWriter(str(folder))
         if not sizes:
-            for summary in hparams(hyper_parameters, {"test/top1": 0.0}):
+            for summary in hparams(hyper_parameters, {headline: 0.0}):
                 self._writer.file_writer.add_summary(summary)
         self._handlers = [logging.FileHandler(folder / "log.txt"), _BesideTheBar()]
         for handler in self._handlers:

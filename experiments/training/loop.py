@@ -27,7 +27,7 @@ from experiments.training.optim import load_state_by_name, set_learning_rate, st
 from experiments.training.parallel import Ranks
 from experiments.training.randomness import seed_torch
 from experiments.training.stop import StopRequest, Wish
-from experiments.training.task import task_of
+from experiments.training.task import Task
 from tract.methods.base import Method
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
@@ -54,6 +54,7 @@ class Trainer:
 
     Args:
         config: the run.
+        task: what it is trained for.
         model: the network after ``method.apply``, on its device.
         method: hooks.
         optimizer: made over ``method.param_groups``.
@@ -69,6 +70,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
+        task: Task,
         model: nn.Module,
         method: Method,
         optimizer: torch.optim.Optimizer,
@@ -79,12 +81,12 @@ class Trainer:
         ranks: Ranks,
         save: Callable[[int, dict[str, Any]], None],
     ):
-        self.config, self.model, self.method, self.optimizer, self.factor = config, model, method, optimizer, factor
+        self.config, self.task, self.model, self.method = config, task, model, method
+        self.optimizer, self.factor = optimizer, factor
         self.batches, self.log, self.stop, self.ranks, self._save = batches, log, stop, ranks, save
         self.device = batches.device
         self.progress = Progress()
         self.total_steps = total_steps(config, batches.steps_per_epoch)
-        self.task = task_of(config, batches.data)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
         self.ema = None
         if config.ema_decay is not None:

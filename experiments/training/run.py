@@ -33,6 +33,7 @@ from experiments.training.randomness import seed_torch
 from experiments.training.start import load_start
 from experiments.training.state import newest
 from experiments.training.stop import StopRequest, listening
+from experiments.training.task import task_of
 from tract import NonFiniteError
 from tract.methods.base import Method
 
@@ -131,7 +132,8 @@ class _Desk:
             "steps": trainer.total_steps,
             "epoch": round(progress.step / per_epoch, 2),
             "epochs": round(trainer.total_steps / per_epoch, 2),
-            "top1": progress.metrics.get("test/top1"),
+            "headline": trainer.task.headline,
+            "score": progress.metrics.get(trainer.task.headline),
             "images_per_second": round(trainer.images_per_second(), 1),
             "seconds_left": trainer.seconds_left(),
             "host": node_name(),
@@ -141,6 +143,7 @@ class _Desk:
 
 def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, stop: StopRequest, desk: _Desk) -> dict:
     data = _load_data(config, ranks)
+    task = task_of(config, data)
     batches = Batches(
         data,
         seed=config.seed,
@@ -167,11 +170,12 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
         folder if ranks.first else None,
         state["events"] if state else {},
         _flat(to_tree(config)),
+        task.headline,
         guard=desk.lease.check if ranks.first else None,
     )
     try:
         factor, save = _factor(config, batches.steps_per_epoch), _saver(config, folder, start, desk)
-        trainer = Trainer(config, model, method, optimizer, factor, batches, log, stop, ranks, save)
+        trainer = Trainer(config, task, model, method, optimizer, factor, batches, log, stop, ranks, save)
         if state is not None:
             trainer.load_state(state)
         desk.trainer = trainer
@@ -261,6 +265,7 @@ def _result(config: Config, trainer: Trainer, attempts: int) -> dict:
         "config_hash": config_hash(config),
         "epochs": config.epochs,
         "steps": trainer.total_steps,
+        "headline": trainer.task.headline,
         "metrics": trainer.progress.metrics,
         "weights_sha256": checkpoint.weights_digest(trainer.model),
         "attempts": attempts,
