@@ -110,7 +110,7 @@ def readable_p(difference: Difference) -> str:
 
 
 def _number(value: float, metric: str) -> str:
-    text = f"{value:.2f}" if metric.rpartition("/")[2].startswith("top") else f"{value:.4g}"
+    text = f"{value:.2f}" if metric.rpartition("/")[2].startswith(("top", "map")) else f"{value:.4g}"
     return text.replace("-", "−")
 
 

@@ -17,6 +17,7 @@ if __package__ in (None, ""):
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     best = options.best or options.metric == "best"
-    metric = "test/top1" if options.metric == "best" else options.metric
+    metric = None if options.metric == "best" else options.metric
     tables = tables_of(options.runs, options.experiment, metric, options.baseline, best)
     _write(tables, options.format, options.out)
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
@@ -46,7 +47,7 @@ def _parser() -> Parser:
     parser = Parser(description="Tables from run folders: mean ± sample std (n) per configuration and method.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
-    parser.add_argument("--metric", default="test/top1", help="TensorBoard tag (default: %(default)s), or best")
+    parser.add_argument("--metric", help="TensorBoard tag (default: the one its runs are known by), or best")
     parser.add_argument("--baseline", help="method that the others are compared with (default: vanilla)")
     parser.add_argument("--best", action="store_true", help="each run's best epoch, which selects on the test set")
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
@@ -58,22 +59,33 @@ def _parser() -> Parser:
 def tables_of(
     root: Path,
     experiment: str | None = None,
-    metric: str = "test/top1",
+    metric: str | None = None,
     baseline: str | None = None,
     best: bool = False,
 ) -> list[Table]:
-    """A table per experiment under ``root``.
+    """A table per experiment under ``root``; without a metric of the one that its runs are known by.
 
     Raises:
         InputError: a folder, an experiment, a metric or a baseline that does not exist.
     """
     runs = load_runs(root, experiment)
-    _require_metric([run for group in runs.values() for run in group], metric)
-    tables = [build_table(name, group, metric, baseline or "vanilla", best) for name, group in runs.items()]
+    if metric is not None:
+        _require_metric([run for group in runs.values() for run in group], metric)
+    tables = [
+        build_table(name, group, metric or headline_of(group), baseline or "vanilla", best)
+        for name, group in runs.items()
+    ]
     if baseline is not None and all(table.baseline is None for table in tables):
         known = nearest(baseline, {label for table in tables for label in table.methods})
         raise InputError(f"expected --baseline to be one method, got {baseline}; nearest: {known}.")
     return tables
+
+
+def headline_of(runs: Sequence[Run]) -> str:
+    """The tag that these runs are known by, as most of their results say; ``test/top1`` where none does."""
+    said = Counter(run.result.get("headline") for run in runs if run.result is not None)
+    said.pop(None, None)
+    return max(said, key=said.get, default="test/top1")
 
 
 def _require_metric(runs: Sequence[Run], metric: str) -> None:

@@ -164,7 +164,7 @@ def _run_here(config: Config, debugger: bool) -> int:
 
             pdb.post_mortem()
         raise
-    measure = result["headline"].rpartition("/")[2]
+    measure = result.get("headline", "test/top1").rpartition("/")[2]
     figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.endswith(f"/{measure}"))
     if _is_first_rank():
         print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")

@@ -48,7 +48,7 @@ from experiments.training.provenance import hardware, versions
 from experiments.training.randomness import seed_torch
 from experiments.training.run import torch_settings
 from experiments.training.stop import StopRequest
-from experiments.training.task import task_of
+from experiments.training.tasks import task_of
 
 METHODS = ("vanilla", "tract")
 

@@ -120,6 +120,14 @@ def test_every_difference_is_scipys_and_holm_is_over_the_whole_table(whole, caps
     assert [d["p_holm_permutation"] for d in found] == pytest.approx(holm)
 
 
+def test_without_a_metric_each_experiment_shows_what_its_runs_are_known_by(tmp_path, capsys):
+    for name, headline in (("one", "test/top1"), ("other", "test/loss")):
+        write_run(tmp_path, configuration(), [50.0] * 5, experiment=name, result={"headline": headline})
+    _, found = _json(capsys, "--runs", tmp_path)
+    assert [table["metric"] for table in found] == ["test/top1", "test/loss"]
+    assert [table["rows"][0]["cells"][0]["mean"] for table in found] == [50.0, 0.5]
+
+
 def test_best_epoch_of_a_loss_is_the_smallest(whole, capsys):
     _, (table,) = _json(capsys, "--runs", whole, "--best", "--metric", "test/loss")
     row = table["rows"][0]

@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.datasets import CIFAR10
 
 from experiments.errors import UserError
-from experiments.training.data import Batches
-from experiments.training.datasets import cifar10, digits, fingerprint, imagefolder
+from experiments.training.data import Batches, fingerprint
+from experiments.training.datasets import cifar10, digits, imagefolder
 from experiments.training.parallel import Ranks
 
 OPTIONS = {"image_size": None, "augment": "crop_flip", "padding": 2, "flip": True, "in_memory": None}
@@ -122,7 +122,7 @@ def test_digits_are_those_of_scikit_learn_in_its_stratified_split():
     data = digits("none", 0, False, None, None, True)
     ours = (data.train.images, data.test.images, data.train.labels, data.test.labels)
     assert all(np.array_equal(mine, its) for mine, its in zip(ours, parts, strict=True))
-    shares = torch.bincount(data.test.labels) / np.bincount(bunch.target)
+    shares = torch.bincount(data.test.labels).numpy() / np.bincount(bunch.target)
     assert ((shares - 360 / 1797).abs() < 0.005).all()
 
 

@@ -22,8 +22,8 @@ from experiments.config import compose_config
 from experiments.errors import EXIT_BAD_INPUT, EXIT_BUSY, UserError
 from experiments.tools import shard_images
 from experiments.training.augment import random_box, resized_crop_flip
-from experiments.training.data import Batches
-from experiments.training.datasets import ImageData, Split, fingerprint
+from experiments.training.data import Batches, fingerprint
+from experiments.training.datasets import ImageData, Split
 from experiments.training.decode import decode
 from experiments.training.imagenet import imagenet
 from experiments.training.listing import SUFFIXES

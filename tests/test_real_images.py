@@ -10,10 +10,13 @@ import tarfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from analysis import tables
 from experiments import cli
+from tests.voc_folder import write_voc
 
 pytestmark = pytest.mark.skipif(
     "TRACT_DATA" not in os.environ, reason="TRACT_DATA does not name a folder of real images; see this file's docstring"
@@ -101,6 +104,23 @@ def test_networks_of_the_zoo_train_on_real_images(cifar, tmp_path, capsys):
 def test_imagenet_resnets_train_on_imagenette(imagenette, tmp_path, capsys):
     choices = ["model=imagenet_resnet18", "method=tract", f"data.root={imagenette}", *NETTE, *QUICK]
     assert "(1)" in run_and_tabulate("imagenet_resnet", tmp_path, capsys, *choices)
+
+
+def test_detectors_train_on_real_things_in_made_up_scenes(imagenette, tmp_path, capsys):
+    """Photographs of two classes, pasted where their boxes say."""
+    classes = sorted(path.name for path in (imagenette / "train").iterdir())[:2]
+
+    def photograph(label, height, width, draw):
+        files = sorted((imagenette / "train" / classes[label]).iterdir())
+        with Image.open(files[draw.integers(len(files))]) as image:
+            return np.array(image.convert("RGB").resize((width, height)))
+
+    root = write_voc(tmp_path, 6, 4, photograph, tuple(classes))
+    sizes = ["model.width=8", "model.hidden=32", "model.min_size=96", "model.max_size=160", "start_from=null"]
+    words = [f"data.root={root}", "method=tract", "max_steps=3", "runtime.workers=0", *sizes]
+    table = run_and_tabulate("detection_voc", tmp_path, capsys, *words)
+    assert "(1)" in table
+    assert "test/map" in table
 
 
 def test_pre_training_fine_tuning_and_transfer_on_real_images(imagenette, cifar, tmp_path, capsys):

@@ -17,6 +17,7 @@ import pytest
 
 from experiments.training.state import newest
 from tests.same_runs import assert_same, only_run
+from tests.voc_folder import write_voc
 
 ROOT = Path(__file__).parents[1]
 # 4 epochs of 11 steps with 4 evaluation batches each; checkpoints and log points fall out of step with epochs.
@@ -177,6 +178,17 @@ def test_two_ranks_evaluate_what_a_checkpoint_holds(machine, tmp_path, capsys):
         assert codes[0] == -signal.SIGKILL, machine.output()
     machine.until_finished(arguments, runs=disturbed, ranks=ranks)
     assert_same(disturbed, undisturbed, capsys)
+
+
+def test_detection_on_two_ranks_counts_every_image_once(machine, tmp_path):
+    root = write_voc(tmp_path, train=4, test=5)
+    sizes = {"model.width": 8, "model.hidden": 16, "model.min_size": 64, "model.max_size": 96, "start_from": "null"}
+    changes = sizes | {"data.root": root, "batch_size": 2, "epochs": 1, "runtime.workers": 0, "method": "tract"}
+    arguments = [f"{key}={value}" for key, value in changes.items()]
+    runs = tmp_path / "runs"
+    assert machine.start(arguments, runs=runs, ranks=2, experiment="detection_voc") == [0, 0], machine.output()
+    (path,) = runs.rglob("result.json")
+    assert 0 <= json.loads(path.read_text())["metrics"]["test/map"] <= 100
 
 
 def test_a_stop_loses_no_step(machine, tmp_path):

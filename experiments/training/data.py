@@ -8,6 +8,7 @@ batches; others go through loader processes. Both give the same bytes.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import multiprocessing
 import signal
 import weakref
@@ -19,14 +20,24 @@ import torch
 from torch.utils.data import DataLoader
 
 from experiments.errors import UserError
+from experiments.training.boxes import BoxData, BoxSamples
 from experiments.training.datasets import ImageData
 from experiments.training.parallel import Ranks
 from experiments.training.randomness import epoch_order
 from experiments.training.samples import Draws, ImageSamples, Request
 
 Batch = tuple[Any, Any]  # images and what is to be learnt of them, as the kind of data has it
-Data = ImageData
-_SAMPLES = {ImageData: ImageSamples}  # how each kind of data becomes batches
+Data = ImageData | BoxData
+_SAMPLES = {ImageData: ImageSamples, BoxData: BoxSamples}  # how each kind of data becomes batches
+
+
+def fingerprint(data: Data) -> str:
+    """Sixteen hex digits that tell two data sets apart: classes, sizes, and what identifies the splits."""
+    digest = hashlib.sha256(repr((len(data.train), len(data.test), data.classes, data.shape)).encode())
+    for split in (data.train, data.test):
+        for part in split.identity():
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 class Batches:

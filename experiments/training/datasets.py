@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +17,7 @@ from tqdm import tqdm
 
 from experiments.errors import UserError
 from experiments.training.augment import IN_BATCHES, ONE_BY_ONE
-from experiments.training.decode import Spare, decode
+from experiments.training.decode import Spare, decode, decode_file
 from experiments.training.listing import SUFFIXES, Listing
 from experiments.training.shards import Shards
 
@@ -46,10 +45,18 @@ class Split:
             return self.images[index]
         spare = spare if self.reduced_decode else None
         if self.files is not None:
-            return _decode(self.files[index], spare)
+            return decode_file(self.files[index], spare)
         return decode(self.shards.read(index), self.shards.where(index), spare)
 
-    def names(self) -> Iterable[bytes]:
+    def identity(self) -> Iterable[bytes]:
+        """What tells two splits apart: labels, and first pixels or names."""
+        yield self.labels.numpy().tobytes()
+        if self.images is not None:
+            yield self.images[:: max(1, len(self) // 100)].contiguous().numpy().tobytes()
+        else:
+            yield b"\n".join(self._names()) + self.made_by.encode()
+
+    def _names(self) -> Iterable[bytes]:
         """The file names of images that are not decoded."""
         if isinstance(self.files, Listing) or self.files is None:
             return (self.shards or self.files).names.tolist()
@@ -94,6 +101,11 @@ class ImageData:
                 f"expected data.mean and data.std with {self.channels} numbers (std above 0), "
                 f"got {self.mean} and {self.std}."
             )
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a network must know of the images."""
+        return {"in_channels": self.channels, "image_size": self.image_size}
 
 
 def digits(augment: str, padding: int, flip: bool, mean: list | None, std: list | None, in_memory: bool) -> ImageData:
@@ -183,7 +195,7 @@ def imagefolder(
         raise UserError(
             f"expected the same classes for training and testing in {base}, got differences: {', '.join(only)}."
         )
-    first = _decode(train_files[0])
+    first = decode_file(train_files[0])
     size = image_size or first.shape[-1]
     keep, fits = in_memory, first.shape[1:] == (size, size)
     if keep is None:
@@ -234,23 +246,13 @@ def _visible_files(folder: Path) -> list[Path]:
     return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
-def _decode(path: Path, spare: Spare | None = None) -> Tensor:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"expected a readable image in {path}, got: {error.strerror}; replace or remove the file."
-        ) from None
-    return decode(content, str(path), spare)
-
-
 def _decode_all(files: list[Path], name: str) -> Tensor:
-    first = _decode(files[0])
+    first = decode_file(files[0])
     images = first.new_empty((len(files), *first.shape))
 
     def place(item: tuple[int, Path]) -> None:
         index, path = item
-        image = _decode(path)
+        image = decode_file(path)
         if image.shape != first.shape:
             raise UserError(
                 f"expected images of one size, got {tuple(first.shape[1:])} in {files[0].name} and "
@@ -281,15 +283,3 @@ def _measured_unless_given(train: Split, mean: list | None, std: list | None) ->
     measured = total / count / 255
     spread = (squares / count / 255**2 - measured**2).clamp(min=0).sqrt()
     return (measured.tolist() if mean is None else list(mean)), (spread.tolist() if std is None else list(std))
-
-
-def fingerprint(data: ImageData) -> str:
-    """Sixteen hex digits that tell two data sets apart: labels, sizes, names or first pixels."""
-    digest = hashlib.sha256(repr((len(data.train), len(data.test), data.classes, data.image_size)).encode())
-    for split in (data.train, data.test):
-        digest.update(split.labels.numpy().tobytes())
-        if split.images is not None:
-            digest.update(split.images[:: max(1, len(split) // 100)].contiguous().numpy().tobytes())
-        else:
-            digest.update(b"\n".join(split.names()) + split.made_by.encode())
-    return digest.hexdigest()[:16]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -45,6 +46,21 @@ def decode(content: bytes, where: str, spare: Spare | None = None) -> Tensor:
             f"expected a readable image in {where}, got: {_fault(error)}; replace or remove the file."
         ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def decode_file(path: Path, spare: Spare | None = None) -> Tensor:
+    """An image file as :func:`decode` gives it.
+
+    Raises:
+        UserError: no such file, not an image, or a damaged one.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"expected a readable image in {path}, got: {error.strerror}; replace or remove the file."
+        ) from None
+    return decode(content, str(path), spare)
 
 
 def _fault(error: Exception) -> str:

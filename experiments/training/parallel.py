@@ -69,6 +69,14 @@ class Ranks:
             raise error
         return value
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (a picklable object), in the order of the ranks, on all of them."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite these tensors with those of the first rank."""
         if self.size > 1:

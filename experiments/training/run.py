@@ -17,8 +17,7 @@ from experiments.config import Config, build, config_hash, options_of, to_tree
 from experiments.errors import RunBusyError, TrainingFailedError, UserError
 from experiments.models import build_model
 from experiments.training import checkpoint
-from experiments.training.data import Batches
-from experiments.training.datasets import ImageData, fingerprint
+from experiments.training.data import Batches, Data, fingerprint
 from experiments.training.diagnosis import record_error
 from experiments.training.files import remove_leftovers, write_json
 from experiments.training.folder import folder_of, prepare_folder, result_of
@@ -33,7 +32,7 @@ from experiments.training.randomness import seed_torch
 from experiments.training.start import load_start
 from experiments.training.state import newest
 from experiments.training.stop import StopRequest, listening
-from experiments.training.task import task_of
+from experiments.training.tasks import task_of
 from tract import NonFiniteError
 from tract.methods.base import Method
 
@@ -198,9 +197,9 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
     return result
 
 
-def _load_data(config: Config, ranks: Ranks) -> ImageData:
+def _load_data(config: Config, ranks: Ranks) -> Data:
     """The first rank downloads; the others read what it left."""
-    loaded: list[ImageData] = []
+    loaded: list[Data] = []
     options = config.data
     if config.runtime.data_copy is not None and "root" in options:
         options = options | {"root": config.runtime.data_copy}
@@ -218,12 +217,11 @@ def _load_data(config: Config, ranks: Ranks) -> ImageData:
     return loaded[0]
 
 
-def _network(config: Config, data: ImageData, device: torch.device) -> tuple[nn.Module, Method, str | None]:
+def _network(config: Config, data: Data, device: torch.device) -> tuple[nn.Module, Method, str | None]:
     """The model on its device with the method applied, the method, and what it says it did."""
     seed_torch(config.seed, "initialisation")
-    sizes = {"in_channels": data.channels, "image_size": data.image_size}
     with _refusal_is_bad_input("model"):
-        model = build_model(config.model["name"], len(data.classes), **sizes, **options_of(config.model))
+        model = build_model(config.model["name"], len(data.classes), **data.shape, **options_of(config.model))
     with _refusal_is_bad_input("method"):
         method = build(config.method)
         applied = method.apply(model)

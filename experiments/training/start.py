@@ -23,7 +23,8 @@ def load_start(config: Config, model: nn.Module, report: Callable[[str], None]) 
     """Put the weights that ``start_from`` names into a model; does nothing without.
 
     A position embedding of another grid is interpolated (bicubic); a classifier of another
-    number of classes keeps its fresh weights.
+    number of classes keeps its fresh weights. A network of another kind says by a method
+    ``start_weights`` what it takes from the weights, and which of its own stay fresh.
 
     Args:
         config: the run that begins.
@@ -36,8 +37,8 @@ def load_start(config: Config, model: nn.Module, report: Callable[[str], None]) 
     if config.start_from is None:
         return
     weights, origin = _weights(config)
-    own = model.state_dict()
-    adapted, fresh = {}, []
+    weights, fresh = getattr(model, "start_weights", _as_they_are)(weights)
+    own, adapted = model.state_dict(), {}
     for name, tensor in weights.items():
         if name in own and own[name].shape != tensor.shape:
             if name.endswith("pos_embed"):
@@ -55,6 +56,10 @@ def load_start(config: Config, model: nn.Module, report: Callable[[str], None]) 
         raise UserError(f"expected weights of {config.model['name']} in start_from={origin}, got {got}.")
     model.load_state_dict(adapted | {name: own[name] for name in fresh})
     report(f"starts from {origin}" + (f"; fresh: {', '.join(fresh)}" if fresh else ""))
+
+
+def _as_they_are(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    return weights, []
 
 
 def _weights(config: Config) -> tuple[dict[str, Tensor], str]:

@@ -99,8 +99,3 @@ class Classification(Task):
     ) -> dict[str, float]:
         """{"loss", "top1", "top5"}, see :func:`experiments.training.evaluate.evaluate`."""
         return evaluate(predictor, batches, self._images, ranks, between)
-
-
-def task_of(config: Config, data: Data) -> Task:
-    """The task that a data set is for."""
-    return Classification(config, data)

@@ -1,0 +1,193 @@
+"""Images with boxes around their objects: where they come from, and how they become batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision.datasets import VOCDetection
+
+from experiments.errors import UserError
+from experiments.training.decode import decode_file
+from experiments.training.randomness import epoch_draws
+from experiments.training.samples import Request
+
+Target = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What an image shows.
+
+    Attributes:
+        boxes: (objects, 4), float32: left, top, right and bottom edge in pixels from the image's
+            corner, so that a box around one whole pixel has the sides 1.
+        labels: (objects,), class numbers from 1; 0 is the background's.
+        difficult: (objects,), bool: neither trained on nor counted.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    difficult: Tensor
+
+
+@dataclass(frozen=True)
+class BoxSplit:
+    """Image files and what each one shows."""
+
+    files: list[Path]
+    objects: list[Objects]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def identity(self) -> Iterable[bytes]:
+        """What tells two splits apart."""
+        for path, own in zip(self.files, self.objects, strict=True):
+            yield path.name.encode()
+            yield from (part.numpy().tobytes() for part in (own.boxes, own.labels, own.difficult))
+
+
+@dataclass(frozen=True)
+class BoxData:
+    """A data set of images of many sizes with boxes."""
+
+    train: BoxSplit
+    test: BoxSplit
+    classes: list[str]
+    flip: bool
+
+    in_memory = False
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """What a network must know of the images: nothing, it takes colour images of any size."""
+        return {}
+
+
+class BoxSamples(Dataset):
+    """Batches of images with boxes: half of them mirrored for an epoch, or plain (None).
+
+    Args:
+        data: the data set.
+        seed: of the run.
+        repeats: copies of each image in an epoch.
+    """
+
+    def __init__(self, data: BoxData, seed: int, repeats: int):
+        self.data, self.seed, self.repeats = data, seed, repeats
+        self._epoch, self._mirrored = None, None
+
+    def __getitems__(self, request: Request) -> list[tuple[Tensor, Target]]:
+        name, epoch, samples = request
+        split = getattr(self.data, name)
+        return [self._item(split, epoch, sample) for sample in samples]
+
+    def _item(self, split: BoxSplit, epoch: int | None, sample: int) -> tuple[Tensor, Target]:
+        number = sample % len(split)
+        image, own = decode_file(split.files[number]), split.objects[number]
+        boxes = own.boxes
+        if epoch is not None and self._is_mirrored(epoch, sample, len(split)):
+            image, boxes = image.flip(-1), mirrored(boxes, image.shape[-1])
+        target = {"boxes": boxes, "labels": own.labels, "difficult": own.difficult, "image": torch.tensor(number)}
+        return image, target
+
+    def _is_mirrored(self, epoch: int, sample: int, images: int) -> bool:
+        if self._epoch != epoch:
+            draws = epoch_draws(self.seed, epoch, self.repeats * images, 1)[:, 0]
+            self._epoch, self._mirrored = epoch, draws < 0.5 if self.data.flip else draws < 0
+        return bool(self._mirrored[sample])
+
+    @staticmethod
+    def collate(items: list[tuple[Tensor, Target]]) -> tuple[list[Tensor], list[Target]]:
+        """A list of images, and one of what they show."""
+        images, targets = zip(*items, strict=True)
+        return list(images), list(targets)
+
+    def ready(self, batch: tuple[list[Tensor], list[Target]], device: torch.device) -> tuple[list, list]:
+        """On the device; pixels from 0 to 1, which the network normalises itself."""
+        images = [image.to(device, non_blocking=True).float() / 255 for image in batch[0]]
+        targets = [{key: part.to(device, non_blocking=True) for key, part in target.items()} for target in batch[1]]
+        return images, targets
+
+    def nothing(self, device: torch.device) -> tuple[list, list]:
+        """A batch of no image."""
+        return [], []
+
+
+def mirrored(boxes: Tensor, width: int) -> Tensor:
+    """Boxes (objects, 4) in an image of this width after it was flipped from left to right."""
+    left, top, right, bottom = boxes.unbind(1)
+    return torch.stack([width - right, top, width - left, bottom], dim=1)
+
+
+def voc2007(root: str, flip: bool) -> BoxData:
+    """PASCAL VOC 2007 (Everingham et al., 2010): 5,011 images for training (trainval), 4,952 for testing, 20 classes.
+
+    Downloaded to ``root`` by torchvision, where it is not there yet. Any data set in VOC's
+    layout under ``root/VOCdevkit/VOC2007`` is read; its classes are those of its training objects.
+
+    Args:
+        root: the folder with VOCdevkit/.
+        flip: mirror half of the training images.
+
+    Raises:
+        UserError: not there and not to be downloaded, or annotations that cannot be read.
+    """
+    try:
+        parts = [_listed(root, name) for name in ("trainval", "test")]
+    except (OSError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"expected VOC 2007 in {root} or a way to download it, got: {reason}. Offline: unpack "
+            f"VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar in {root}, or set runtime.data_dir."
+        ) from None
+    found = [[_objects_in(Path(path)) for path in part.annotations] for part in parts]
+    classes = sorted({name for image in found[0] for name, _, _ in image})
+    unknown = sorted({name for image in found[1] for name, _, _ in image} - set(classes))
+    if unknown:
+        raise UserError(f"expected the same classes for training and testing in {root}, got only in test: {unknown}.")
+    train, test = (
+        BoxSplit([Path(path) for path in part.images], [_as_tensors(image, classes) for image in images])
+        for part, images in zip(parts, found, strict=True)
+    )
+    for name, split in (("trainval", train), ("test", test)):
+        if not len(split):
+            raise UserError(f"expected images in {root}/VOCdevkit/VOC2007/ImageSets/Main/{name}.txt, got none.")
+    return BoxData(train, test, classes, flip)
+
+
+def _listed(root: str, part: str) -> VOCDetection:
+    """One part, downloaded only where its list is missing: torchvision would unpack it at every start."""
+    there = Path(root, "VOCdevkit", "VOC2007", "ImageSets", "Main", f"{part}.txt").exists()
+    return VOCDetection(root, year="2007", image_set=part, download=not there)
+
+
+def _objects_in(path: Path) -> list[tuple[str, list[float], bool]]:
+    """(class, box, whether difficult) of each object in an annotation; there pixels count from 1."""
+    try:
+        tree = ElementTree.parse(path)
+        found = []
+        for node in tree.iter("object"):
+            left, top, right, bottom = (
+                float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
+            )
+            box = [left - 1, top - 1, right, bottom]
+            width, height = (float(tree.findtext(f"size/{key}")) for key in ("width", "height"))
+            if not (0 <= box[0] < right <= width and 0 <= box[1] < bottom <= height):
+                raise ValueError(f"the box {left:g} {top:g} {right:g} {bottom:g}")
+            found.append((node.findtext("name").strip(), box, node.findtext("difficult", "0").strip() == "1"))
+    except (OSError, ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"expected an annotation of VOC in {path}, got: {error}; unpack the data set again.") from None
+    return found
+
+
+def _as_tensors(image: list[tuple[str, list[float], bool]], classes: list[str]) -> Objects:
+    boxes = torch.tensor([box for _, box, _ in image]).reshape(-1, 4)
+    labels = torch.tensor([classes.index(name) + 1 for name, _, _ in image], dtype=torch.int64)
+    return Objects(boxes, labels, torch.tensor([difficult for _, _, difficult in image], dtype=torch.bool))
