@@ -7,11 +7,21 @@ import warnings
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
 from analysis import grouping, rendering, statistics
-from analysis.statistics import holm, paired_difference, paired_t_p, sign_flip_p, summarise, t_interval
+from analysis.statistics import (
+    holm,
+    paired_difference,
+    paired_t_p,
+    sign_flip_p,
+    summarise,
+    t_interval,
+    wilcoxon_p,
+)
 
 SIZES = (2, 3, 5, 9)
 
@@ -132,18 +142,42 @@ def test_holm_leaves_out_what_is_not_defined():
     assert holm([]) == []
 
 
-@pytest.mark.parametrize("n", [2, 5])
-def test_the_interval_covers_the_truth_as_often_as_it_says(n):
-    rng = np.random.default_rng(0)
-    trials = 4000
-    hits = sum(low <= 0.3 <= high for low, high in (t_interval(rng.normal(0.3, 2.0, n)) for _ in range(trials)))
-    assert abs(hits / trials - 0.95) < 4 * math.sqrt(0.95 * 0.05 / trials)
+@pytest.mark.parametrize("n", [1, 2, 5, 12, 36])
+def test_wilcoxon_without_ties_is_scipys_exact_one(n):
+    for seed in range(3):
+        d = np.random.default_rng([n, seed]).normal(0.3, 1, n)
+        assert wilcoxon_p(d) == pytest.approx(stats.wilcoxon(d, method="exact").pvalue, rel=1e-9)
 
 
-def test_under_the_null_hypothesis_p_values_are_small_no_more_often_than_they_say():
-    rng = np.random.default_rng(1)
-    found = [paired_difference(rng.normal(size=6), rng.normal(size=6)) for _ in range(2000)]
-    for level in (0.05, 0.25, 0.5):
-        margin = 4 * math.sqrt(level * (1 - level) / len(found))
-        assert abs(np.mean([d.p_t <= level for d in found]) - level) < margin
-        assert np.mean([d.p_permutation <= level for d in found]) < level + margin
+@given(st.lists(st.integers(-3, 3), min_size=1, max_size=8))
+def test_wilcoxon_with_ties_and_zeros_counts_all_sign_patterns_of_the_mean_ranks(whole):
+    kept = np.array([d for d in whole if d != 0])
+    if kept.size == 0:
+        assert wilcoxon_p(whole) is None
+        return
+    ranks = [sum(abs(kept) < abs(d)) + (sum(abs(kept) == abs(d)) + 1) / 2 for d in kept]
+    observed = abs(np.dot(np.sign(kept), ranks))
+    count = sum(abs(np.dot(signs, ranks)) >= observed for signs in itertools.product((-1, 1), repeat=kept.size))
+    assert wilcoxon_p(whole) == count / 2**kept.size
+    assert wilcoxon_p(0.7 + 0.1 * np.array(whole) - 0.7) == count / 2**kept.size  # 0.7 + 0.1 - 0.7 < 0.1 in floats
+
+
+def test_wilcoxon_takes_differences_within_rounding_as_tied():
+    base, spacing = 70 + np.arange(6) / 7, float(np.spacing(np.float32(72)))
+    unlike = 0
+    for seed in range(20):
+        hundredths = np.random.default_rng(seed).integers(-3, 4, 6)
+        stored = (base + hundredths / 100).astype(np.float32).astype(float) - base.astype(np.float32)
+        assert wilcoxon_p(stored, 2 * spacing) == wilcoxon_p(hundredths)
+        unlike += wilcoxon_p(stored) != wilcoxon_p(hundredths)
+    assert unlike > 0
+
+
+def test_wilcoxon_of_many_differences_is_scipys_and_meets_the_exact_one():
+    d = np.random.default_rng(3).integers(-9, 12, 40)
+    kept = d[d != 0]
+    assert wilcoxon_p(kept) == pytest.approx(stats.wilcoxon(kept, method="asymptotic").pvalue, rel=0.05)
+    more = np.concatenate([d, d])
+    assert wilcoxon_p(more) == stats.wilcoxon(more, method="asymptotic").pvalue
+    distinct = np.random.default_rng(4).normal(0.2, 1, 45)
+    assert wilcoxon_p(distinct) == pytest.approx(stats.wilcoxon(distinct, method="exact").pvalue, rel=1e-9)
