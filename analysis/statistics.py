@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import optimize, stats
 
 MOST_PAIRS = 40  # the exact permutation test enumerates 2^(n/2) sums
 
@@ -167,6 +167,45 @@ def wilcoxon_p(differences: Sequence[float], rounding: float = 0.0) -> float | N
     return sign_flip_p(signed_ranks) if d.size <= MOST_PAIRS else float(stats.wilcoxon(signed_ranks).pvalue)
 
 
+def smallest_detectable(std: float | None, n: int, level: float = 0.05, power: float = 0.8) -> float | None:
+    """The smallest true mean difference that a two-sided paired t-test finds with that power.
+
+    The delta with P(|T| > t_(n-1, 1 - level / 2)) = power, T noncentral t with n - 1 degrees and
+    noncentrality sqrt(n) delta / std. Source: Cohen, Statistical power analysis, 1988, chapter 2.
+
+    Args:
+        std: of the differences; the power holds for this value as the true one.
+        n: pairs.
+        level: of the test.
+        power: probability of p <= level.
+
+    Returns:
+        0 for ``std`` 0, the limit; ``None`` for n < 2 or without ``std``.
+
+    Raises:
+        ValueError: not 0 < level < power < 1, or a ``std`` that is negative or not finite.
+
+    Example:
+        >>> round(smallest_detectable(1.0, 5), 3)
+        1.682
+    """
+    if not 0 < level < power < 1:
+        raise ValueError(f"expected 0 < level < power < 1, got level {level} and power {power}.")
+    if std is None or n < 2:
+        return None
+    _require_std(std)
+    critical = stats.t.isf(level / 2, n - 1)
+
+    def excess(noncentrality: float) -> float:
+        # the lower tail by symmetry: nct.cdf is nan far out
+        return stats.nct.sf(critical, n - 1, [noncentrality, -noncentrality]).sum() - power
+
+    # T = (Z + c) / sqrt(chi2 / (n - 1)): beyond this c, Z and chi2 each spoil it with half of 1 - power at most.
+    miss = (1 - power) / 2
+    enough = critical * math.sqrt(stats.chi2.isf(miss, n - 1) / (n - 1)) + stats.norm.isf(miss)
+    return float(std / math.sqrt(n) * optimize.brentq(excess, 0.0, enough))
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjustment: p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)), m p-values.
 
@@ -193,6 +232,11 @@ def _ranks(sizes: np.ndarray, rounding: float) -> np.ndarray:
     groups = np.zeros(sizes.size)
     groups[order[1:]] = np.cumsum(apart)
     return stats.rankdata(groups)
+
+
+def _require_std(std: float) -> None:
+    if not 0 <= std < math.inf:
+        raise ValueError(f"expected a standard deviation of at least 0, got {std}.")
 
 
 def _signed_sums(d: np.ndarray) -> np.ndarray:

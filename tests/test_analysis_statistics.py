@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy import stats
+from scipy import integrate, stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
 
 from analysis import grouping, rendering, statistics
 from analysis.statistics import (
@@ -18,6 +19,7 @@ from analysis.statistics import (
     paired_difference,
     paired_t_p,
     sign_flip_p,
+    smallest_detectable,
     summarise,
     t_interval,
     wilcoxon_p,
@@ -181,3 +183,34 @@ def test_wilcoxon_of_many_differences_is_scipys_and_meets_the_exact_one():
     assert wilcoxon_p(more) == stats.wilcoxon(more, method="asymptotic").pvalue
     distinct = np.random.default_rng(4).normal(0.2, 1, 45)
     assert wilcoxon_p(distinct) == pytest.approx(stats.wilcoxon(distinct, method="exact").pvalue, rel=1e-9)
+
+
+def _power(effect, n, level):
+    """P(|Z + sqrt(n) effect| > t chi / sqrt(n - 1)), integrated over the density of chi."""
+    critical, shift = stats.t.isf(level / 2, n - 1), math.sqrt(n) * effect
+
+    def given(chi):
+        bound = critical * chi / math.sqrt(n - 1)
+        return (stats.norm.sf(bound - shift) + stats.norm.cdf(-bound - shift)) * stats.chi.pdf(chi, n - 1)
+
+    ends = [0.0, *stats.chi.ppf([1e-4, 0.5, 1 - 1e-4], n - 1), stats.chi.isf(1e-12, n - 1)]
+    return sum(integrate.quad(given, *pair, limit=200)[0] for pair in itertools.pairwise(ends))
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 36, 500])
+@pytest.mark.parametrize(("level", "power"), [(0.05, 0.8), (0.01, 0.9), (0.05, 0.2), (1e-4, 0.99)])
+def test_smallest_detectable_difference_has_its_power_by_quadrature(n, level, power):
+    effect = smallest_detectable(0.3, n, level, power) / 0.3
+    assert _power(effect, n, level) == pytest.approx(power, abs=1e-6)
+    assert smallest_detectable(0.6, n, level, power) == pytest.approx(0.6 * effect, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 10, 36])
+def test_smallest_detectable_difference_is_statsmodels(n):
+    oracle = TTestPower().solve_power(nobs=n, alpha=0.05, power=0.8, alternative="two-sided")
+    assert smallest_detectable(1.0, n) == pytest.approx(oracle, rel=1e-5)
+
+
+def test_smallest_detectable_difference_approaches_that_of_a_known_standard_deviation():
+    z = stats.norm.isf(0.025) + stats.norm.isf(0.2)  # the other tail is about 1e-6
+    assert smallest_detectable(2.0, 10**6) == pytest.approx(2.0 * z / 1000, rel=1e-5)
