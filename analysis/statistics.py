@@ -37,6 +37,19 @@ class PairedDifference:
     p_permutation: float | None  # None for n = 0 and for n > MOST_PAIRS
 
 
+@dataclass(frozen=True)
+class PublishedDifference:
+    """Our mean minus a published one."""
+
+    n: int  # of our values
+    difference: float | None  # None for n = 0
+    low: float | None  # None for n < 2, as is high
+    high: float | None
+    p_equivalence: float | None  # None for n < 2 and for values without spread
+    margin: float  # the differences that are equivalent lie between -margin and margin
+    published_exact: bool  # no std and n were published, so the interval leaves out their chance
+
+
 def summarise(values: Sequence[float]) -> Summary:
     """Mean and sample standard deviation, s^2 = sum (x - mean)^2 / (n - 1).
 
@@ -206,6 +219,58 @@ def smallest_detectable(std: float | None, n: int, level: float = 0.05, power: f
     return float(std / math.sqrt(n) * optimize.brentq(excess, 0.0, enough))
 
 
+def against_published(
+    values: Sequence[float],
+    mean: float,
+    std: float | None = None,
+    n: int | None = None,
+    margin: float = 0.5,
+    level: float = 0.95,
+) -> PublishedDifference:
+    """Compare our values x with a published mean: is there a difference, are the two equivalent?
+
+    D = mean(x) - mean, se^2 = s^2 / n_x + std^2 / n, and nu degrees of freedom by Welch and Satterthwaite,
+    nu = se^4 / ((s^2 / n_x)^2 / (n_x - 1) + (std^2 / n)^2 / (n - 1)). The interval is D -+ t_nu se.
+    Without ``std`` and ``n`` the published mean counts as exact, std = 0 and nu = n_x - 1, as ``published_exact`` says:
+    the interval is then too narrow by what their seeds vary, so a difference from 0 is easily found.
+
+    Equivalence, TOST (Schuirmann 1987): p is the larger one of the one-sided tests of D <= -margin, with
+    t = (D + margin) / se, and D >= margin, with t = (D - margin) / se. p < 0.05 says that the 90 % interval
+    lies within the margin. A p above says only that equivalence was not shown.
+
+    Args:
+        values: ours, one per seed.
+        mean: the published number.
+        std: the published sample standard deviation.
+        n: the number of seeds behind it.
+        margin: what counts as the same, in the values' unit. The default, half a percentage point of accuracy, is a
+            choice: five seeds on both sides with a standard deviation of 0.2 show equivalence in 94 % of
+            all cases without a true difference, with 0.4 in 19 %, so a smaller margin would ask for more seeds.
+        level: of the interval.
+
+    Raises:
+        ValueError: only one of ``std`` and ``n``, n < 2, a margin that is not positive, or a value that is not finite.
+
+    Example:
+        >>> against_published([71.0, 71.2, 71.4], 71.2).difference
+        0.0
+    """
+    x = _finite(values)
+    _require_published(mean, std, n, margin)
+    exact = std is None
+    if x.size < 2:
+        return PublishedDifference(x.size, float(x.mean() - mean) if x.size else None, *[None] * 3, margin, exact)
+    difference = float(x.mean() - mean)
+    ours, theirs = x.var(ddof=1) / x.size, 0.0 if exact else std**2 / n
+    error = math.sqrt(ours + theirs)
+    if error <= 64 * np.finfo(float).eps * np.abs(x).max():
+        return PublishedDifference(x.size, difference, difference, difference, None, margin, exact)
+    degrees = (ours + theirs) ** 2 / (ours**2 / (x.size - 1) + (0.0 if exact else theirs**2 / (n - 1)))
+    half = float(stats.t.ppf((1 + level) / 2, degrees) * error)
+    p = float(stats.t.sf((margin - abs(difference)) / error, degrees))  # of the nearer end, which has the larger p
+    return PublishedDifference(x.size, difference, difference - half, difference + half, p, margin, exact)
+
+
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
     """Holm's step-down adjustment: p~_(i) = max_{j <= i} min(1, (m - j + 1) p_(j)), m p-values.
 
@@ -232,6 +297,17 @@ def _ranks(sizes: np.ndarray, rounding: float) -> np.ndarray:
     groups = np.zeros(sizes.size)
     groups[order[1:]] = np.cumsum(apart)
     return stats.rankdata(groups)
+
+
+def _require_published(mean: float, std: float | None, n: int | None, margin: float) -> None:
+    if not math.isfinite(mean):
+        raise ValueError(f"expected a finite published mean, got {mean}.")
+    if (std is None) != (n is None) or (n is not None and n < 2):
+        raise ValueError(f"expected std and n >= 2 of the published mean, or neither, got std {std} and n {n}.")
+    if std is not None:
+        _require_std(std)
+    if not 0 < margin < math.inf:
+        raise ValueError(f"expected a positive margin of equivalence, got {margin}.")
 
 
 def _require_std(std: float) -> None:

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from scipy import integrate, stats
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW, ttost_ind
 
 from analysis import grouping, rendering, statistics
 from analysis.statistics import (
+    against_published,
     holm,
     paired_difference,
     paired_t_p,
@@ -214,3 +216,70 @@ def test_smallest_detectable_difference_is_statsmodels(n):
 def test_smallest_detectable_difference_approaches_that_of_a_known_standard_deviation():
     z = stats.norm.isf(0.025) + stats.norm.isf(0.2)  # the other tail is about 1e-6
     assert smallest_detectable(2.0, 10**6) == pytest.approx(2.0 * z / 1000, rel=1e-5)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("level", [0.9, 0.95])
+def test_a_published_mean_without_spread_is_compared_by_scipys_one_sample_t(n, level):
+    x, _ = _pairs(n)
+    own = against_published(x, 70.3, margin=0.7, level=level)
+    oracle = stats.ttest_1samp(x - 70.3, 0)
+    assert (own.n, own.published_exact, own.margin) == (n, True, 0.7)
+    assert own.difference == pytest.approx(np.mean(x) - 70.3)
+    assert (own.low, own.high) == pytest.approx(oracle.confidence_interval(level), rel=1e-9)
+    assert own.p_equivalence == pytest.approx(DescrStatsW(x - 70.3).ttost_mean(-0.7, 0.7)[0], rel=1e-9)
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("m", [2, 4, 30])
+def test_a_published_mean_with_spread_is_compared_by_welchs_t(n, m):
+    x, y = _pairs(n)[0], np.random.default_rng(m).normal(70.5, 0.4, m)
+    own = against_published(x, y.mean(), y.std(ddof=1), m, margin=0.8)
+    oracle = stats.ttest_ind(x, y, equal_var=False)
+    means = CompareMeans(DescrStatsW(x), DescrStatsW(y))
+    assert not own.published_exact
+    assert own.difference == pytest.approx(np.mean(x) - np.mean(y))
+    assert (own.low, own.high) == pytest.approx(oracle.confidence_interval(0.95), rel=1e-9)
+    assert (own.low, own.high) == pytest.approx(means.tconfint_diff(usevar="unequal"), rel=1e-9)
+    assert own.p_equivalence == pytest.approx(ttost_ind(x, y, -0.8, 0.8, usevar="unequal")[0], rel=1e-9)
+
+
+@given(st.lists(st.floats(69, 72), min_size=2, max_size=6, unique=True), st.floats(70, 71), st.floats(0.1, 3))
+def test_equivalence_is_shown_where_the_90_percent_interval_lies_within_the_margin(x, mean, margin):
+    own = against_published(x, mean, margin=margin, level=0.9)
+    if own.p_equivalence is not None and abs(own.p_equivalence - 0.05) > 1e-9:
+        assert (own.p_equivalence < 0.05) == (-margin < own.low and own.high < margin)
+
+
+def test_what_a_published_number_leaves_undefined_is_none():
+    nothing, one, equal = (against_published(x, 70.0) for x in ([], [70.2], [70.2, 70.2]))
+    assert (nothing.n, nothing.difference, nothing.low, nothing.p_equivalence) == (0, None, None, None)
+    assert (one.n, one.low, one.high, one.p_equivalence) == (1, None, None, None)
+    assert one.difference == pytest.approx(0.2)
+    assert equal.low == equal.high == equal.difference == pytest.approx(0.2)
+    assert equal.p_equivalence is None
+    assert against_published([70.2, 70.2], 70.0, 0.1, 5).p_equivalence is not None
+    assert against_published([70.2, 70.3], 70.0, 0.0, 5).published_exact is False
+    undefined = (smallest_detectable(0.3, 1), smallest_detectable(None, 5), wilcoxon_p([]), wilcoxon_p([0.0, 0.0]))
+    assert undefined == (None, None, None, None)
+    assert smallest_detectable(0.0, 3) == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: against_published([70.0, 71.0], 70.0, std=0.2), "expected std and n >= 2 of the published mean"),
+        (lambda: against_published([70.0, 71.0], 70.0, n=3), "or neither, got std None and n 3"),
+        (lambda: against_published([70.0, 71.0], 70.0, 0.2, 1), "got std 0.2 and n 1"),
+        (lambda: against_published([70.0, 71.0], 70.0, -0.2, 3), "standard deviation of at least 0, got -0.2"),
+        (lambda: against_published([70.0, 71.0], math.nan), "finite published mean"),
+        (lambda: against_published([70.0, math.inf], 70.0), "expected finite values"),
+        (lambda: against_published([70.0, 71.0], 70.0, margin=0), "positive margin of equivalence, got 0"),
+        (lambda: smallest_detectable(math.nan, 5), "standard deviation of at least 0, got nan"),
+        (lambda: smallest_detectable(1.0, 5, power=0.01), "expected 0 < level < power < 1"),
+        (lambda: wilcoxon_p([math.nan]), "expected finite values"),
+    ],
+)
+def test_bad_arguments_are_refused_in_a_sentence(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
