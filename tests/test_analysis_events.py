@@ -1,5 +1,9 @@
 """Every point comes back, and damage is noticed: our reader beside TensorBoard's own."""
 
+import threading
+import tracemalloc
+
+import google_crc32c
 import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -8,8 +12,11 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis.events import event_files, masked_crc32c, read_events
+from analysis import events
+from analysis.events import RecordReader, event_files, masked_crc32c, read_events
 from tests.run_folders import event_file, record_offsets, write_events
+
+MIB = 2**20
 
 
 def _tensorboard(folder):
@@ -30,6 +37,36 @@ def _point(tag, value, step):
 
 def _start(step):
     return Event(wall_time=3.0, step=step, session_log=SessionLog(status=SessionLog.START))
+
+
+def _header(length):
+    header = length.to_bytes(8, "little")
+    return header + masked_crc32c(header).to_bytes(4, "little")
+
+
+def _frame(data):
+    return _header(len(data)) + data + masked_crc32c(data).to_bytes(4, "little")
+
+
+def _frames(*events):
+    return b"".join(_frame(event.SerializeToString()) for event in events)
+
+
+def _tail_of_zeros(length, start=b""):
+    """The masked checksum of ``start`` and then zeros, as long as ``length`` in all."""
+    crc = google_crc32c.value(start)
+    for size in [MIB] * ((length - len(start)) // MIB) + [(length - len(start)) % MIB]:
+        crc = google_crc32c.extend(crc, bytes(size))
+    return ((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
+
+
+def _peak(folder):
+    """A folder's log, and the most bytes that Python held while reading it."""
+    tracemalloc.start()
+    try:
+        return read_events(folder), tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
 
 def test_all_of_25000_points_come_back(tmp_path):
@@ -162,13 +199,18 @@ def test_what_is_no_event_file_is_noticed(tmp_path, content):
     assert log.series == {}
 
 
+def test_what_is_being_written_to_replace_an_event_file_is_not_read(tmp_path):
+    write_events(tmp_path / "events.out.tfevents.1", [_point("a", 1.0, 1)])
+    write_events(tmp_path / "events.out.tfevents.1.77.tmp", [_point("a", 1.0, 1)])
+    assert [path.name for path in read_events(tmp_path).files] == ["events.out.tfevents.1"]
+    assert read_events(tmp_path).series["a"].repeated_steps() == []
+
+
 def test_a_record_that_holds_no_event_is_noticed(tmp_path):
     path = tmp_path / "events.out.tfevents.1"
     write_events(path, [_point("a", 1.0, 1)])
-    size, data = path.stat().st_size, b"\xff" * 5
-    header = len(data).to_bytes(8, "little")
-    frame = header + masked_crc32c(header).to_bytes(4, "little") + data + masked_crc32c(data).to_bytes(4, "little")
-    path.write_bytes(path.read_bytes() + frame)
+    size = path.stat().st_size
+    path.write_bytes(path.read_bytes() + _frame(b"\xff" * 5))
     log = read_events(tmp_path)
     assert [d.offset for d in log.damages] == [size]
     assert log.by_step("a") == {1: 1.0}
@@ -186,11 +228,128 @@ def test_a_truncated_file_that_a_restart_continues_is_told_from_one_that_just_en
 
 
 def test_a_length_far_beyond_the_file_is_a_truncated_record(tmp_path):
-    header = (2**60).to_bytes(8, "little")
-    (tmp_path / "events.out.tfevents.1").write_bytes(header + masked_crc32c(header).to_bytes(4, "little"))
+    (tmp_path / "events.out.tfevents.1").write_bytes(_header(2**60))
     assert [d.truncated for d in read_events(tmp_path).damages] == [True]
 
 
 def test_a_folder_without_event_files_has_no_points(tmp_path):
     log = read_events(tmp_path)
     assert (log.files, log.series, log.damages) == ((), {}, [])
+
+
+@pytest.mark.parametrize(("length", "sound"), [(2**30, True), (2**26, False)])
+def test_a_record_of_a_gigabyte_is_checked_but_never_held(tmp_path, length, sound):
+    path = tmp_path / "events.out.tfevents.1"
+    with open(path, "wb") as file:  # sparse: it takes no room on the disk
+        file.write(_frames(_point("a", 1.0, 1)) + _header(length))
+        offset = file.tell() - 12
+        file.seek(length, 1)
+        file.write((_tail_of_zeros(length) if sound else b"1234") + _frames(_point("a", 2.0, 2)))
+    log, peak = _peak(tmp_path)
+    assert peak < 8 * MIB
+    assert log.by_step("a") == ({1: 1.0, 2: 2.0} if sound else {1: 1.0})
+    assert [(s.file, s.offset, s.length) for s in log.skipped] == ([(path, offset, length)] if sound else [])
+    assert [(d.offset, d.truncated) for d in log.damages] == ([] if sound else [(offset, False)])
+
+
+def test_a_file_of_many_images_is_held_one_record_at_a_time(tmp_path):
+    length = 12 * MIB  # of the image; smaller than what is skipped
+    black = Summary.Value(tag="i", image=Summary.Image(encoded_image_string=bytes(length)))
+    image = Event(wall_time=1.0, step=7, summary=Summary(value=[black])).SerializeToString()
+    bare, size = image[: len(image) - length], len(image)
+    assert image.endswith(bytes(length))
+    with open(tmp_path / "events.out.tfevents.1", "wb") as file:
+        tail = _tail_of_zeros(size, bare)
+        for step in range(15):
+            file.write(_header(size) + bare)
+            file.seek(length, 1)
+            file.write(tail + _frames(_point("a", step, step)))
+    log, peak = _peak(tmp_path)
+    assert peak < 5 * length
+    assert list(log.by_step("a")) == list(range(15))
+    assert (log.damages, log.skipped) == ([], [])
+
+
+@pytest.mark.parametrize("block", [1, 12, 13, 60, 64, 150, 1000, 10**6])
+@pytest.mark.parametrize("largest", [10**6, 200, 45])
+def test_blocks_of_any_size_give_the_same_records(tmp_path, monkeypatch, block, largest):
+    path, rng = tmp_path / "file", np.random.default_rng(0)
+    data = [rng.bytes(size) for size in (0, 1, 45, 46, 300, 44, 200, 201, 7, 0)]
+    path.write_bytes(b"".join(map(_frame, data)))
+    offsets = record_offsets(path)
+    monkeypatch.setattr(events, "LARGEST", largest)
+    monkeypatch.setattr(events, "_BLOCK", block)
+    with open(path, "rb") as file:
+        reader = RecordReader(file, block)
+        found = dict(reader)
+    expected = dict(zip(offsets, data, strict=False))
+    skipped = {offset: expected[offset] for offset, _ in reader.skipped}
+    assert found | skipped == expected
+    assert all(len(one) > largest for one in skipped.values())
+    # A record that lies in a block anyway may be given although it is large.
+    assert all(len(one) <= max(largest + 16, block) for one in found.values())
+    assert (reader.offset, reader.checksum) == (offsets[-1], google_crc32c.value(path.read_bytes()))
+
+
+def test_a_file_that_is_cut_while_it_is_read_gives_what_came_before(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(_frames(*(_point("a", step, step) for step in range(100))))
+    offsets = record_offsets(path)
+    with open(path, "rb", buffering=0) as file:
+        reader = RecordReader(file, block=offsets[10])
+        found = []
+        for offset, _ in reader:
+            found.append(offset)
+            if offset == offsets[3]:
+                path.write_bytes(path.read_bytes()[: offsets[50]])
+    assert found == offsets[:50]
+
+
+def test_each_reading_of_a_growing_file_is_a_prefix_and_goes_on_where_the_last_ended(tmp_path):
+    content = _frames(*(_point("a", step, step) for step in range(3000)))
+    path = tmp_path / "events.out.tfevents.1"
+    path.write_bytes(b"")
+
+    def write():
+        with open(path, "ab", buffering=0) as file:
+            for start in range(0, len(content), 331):  # records are cut anywhere
+                file.write(content[start : start + 331])
+
+    writer, log, seen = threading.Thread(target=write), None, 0
+    writer.start()
+    while seen < 3000:
+        log = read_events(tmp_path, log)
+        steps = log.series["a"].steps.tolist() if log.series else []
+        assert steps == list(range(max(seen, len(steps))))
+        assert all(damage.truncated for damage in log.damages)
+        seen = len(steps)
+    writer.join()
+    assert log.damages == []
+
+
+def test_a_folder_that_has_not_changed_is_not_opened_and_one_that_grew_is_read_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(events.time, "time_ns", lambda: 2**62)  # long after every change
+    path = tmp_path / "events.out.tfevents.1"
+    path.write_bytes(_frames(*(_point("a", step, step) for step in range(50))))
+    parsed, parse = [], events._parse
+    monkeypatch.setattr(events, "_parse", lambda offset, data: parsed.append(offset) or parse(offset, data))
+    log = read_events(tmp_path)
+    assert len(parsed) == 50
+    with monkeypatch.context() as nothing:
+        nothing.setattr("builtins.open", None)
+        assert read_events(tmp_path, log) is log
+    with open(path, "ab") as file:
+        file.write(_frames(_point("a", 50, 50), _point("a", 51, 51)))
+    assert list(read_events(tmp_path, log).by_step("a")) == list(range(52))
+    assert len(parsed) == 52
+
+
+def test_a_failing_disk_is_named_and_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(events.time, "time_ns", lambda: 2**62)
+    write_events(tmp_path / "events.out.tfevents.1", [_point("a", step, step) for step in range(3)])
+    with monkeypatch.context() as failing:
+        failing.setattr(RecordReader, "_blocks", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        log = read_events(tmp_path)
+    assert [damage.reason for damage in log.damages] == ["the file cannot be read (Input/output error)"]
+    assert read_events(tmp_path, log).by_step("a") == {0: 0.0, 1: 1.0, 2: 2.0}
+    assert read_events(tmp_path, log).damages == []
