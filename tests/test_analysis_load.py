@@ -2,12 +2,22 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import yaml
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.plugins.base_plugin import TBContext
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
+from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
+from analysis import events, load
 from analysis.load import InputError, Status, load_run, load_runs
+from experiments.training.log import RunLog
 from tests.run_folders import configuration, curve, event_file, record_offsets, write_run
 
 
@@ -210,3 +220,123 @@ def test_a_moved_copy_reads_the_same(tmp_path, good):
     copy = tmp_path / "demo" / "copy"
     shutil.copytree(good, copy)
     assert load_run(copy).curve("test/top1") == load_run(good).curve("test/top1")
+
+
+def _train_as_we_do(folder, seed):
+    """Two attempts of a run: the second cuts the record back to the checkpoint of the first."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(configuration(seed=seed)))
+    hyper_parameters = {"seed": seed, "method.name": "tract", "optim.lr": 0.1, "optim.nesterov": True}
+    log, sizes = RunLog(folder, {}, hyper_parameters), {}
+    for epoch in (1, 2, 3):
+        for step in range(10 * epoch - 10, 10 * epoch):
+            log.scalar("train/loss", 1 / (step + 1), step)
+        log.scalar("test/top1", 60.0 + epoch + seed, epoch)
+        sizes = log.sizes() if epoch == 2 else sizes
+    log.close()
+    log = RunLog(folder, sizes, hyper_parameters)
+    for epoch in (3, 4, 5):
+        log.scalar("test/top1", 70.0 + epoch + seed, epoch)
+    log.close()
+
+
+@pytest.fixture
+def trained(tmp_path):
+    for seed in (0, 1):
+        _train_as_we_do(tmp_path / "runs" / "demo" / f"s{seed}", seed)
+    write_run(tmp_path / "runs", configuration(seed=2), curve(2, "vanilla"))
+    return tmp_path / "runs"
+
+
+def _opened_by_tensorboard(root):
+    multiplexer = EventMultiplexer(tensor_size_guidance={"scalars": 0})
+    multiplexer.AddRunsFromDirectory(str(root))
+    multiplexer.Reload()
+    return multiplexer
+
+
+def _scalars(multiplexer, name):
+    tags = multiplexer.PluginRunToTagToContent("scalars")[name]
+    points = {tag: multiplexer.Tensors(name, tag) for tag in tags}
+    return {tag: [(e.step, make_ndarray(e.tensor_proto).item(), e.wall_time) for e in points[tag]] for tag in tags}
+
+
+def _accumulated(folder):
+    accumulator = EventAccumulator(str(folder), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    points = {tag: accumulator.Scalars(tag) for tag in accumulator.Tags()["scalars"]}
+    return {tag: [(e.step, e.value, e.wall_time) for e in points[tag]] for tag in points}
+
+
+def test_tensorboard_shows_the_points_that_we_read_each_once(trained):
+    multiplexer = _opened_by_tensorboard(trained)
+    runs = load_runs(trained)["demo"]
+    assert set(multiplexer.Runs()) == {f"demo/{run.folder.name}" for run in runs}
+    for run in runs:
+        series = run.events.series
+        own = {tag: list(zip(s.steps, s.values, s.wall_times, strict=True)) for tag, s in series.items()}
+        assert _scalars(multiplexer, f"demo/{run.folder.name}") == own
+        assert _accumulated(run.folder) == own
+        assert all(points.repeated_steps() == [] for points in series.values())
+    assert runs[0].curve("test/top1") == {1: 61.0, 2: 62.0, 3: 73.0, 4: 74.0, 5: 75.0}
+
+
+def test_tensorboard_lists_hyper_parameters_and_the_final_accuracy(trained):
+    provider = MultiplexerDataProvider(_opened_by_tensorboard(trained), str(trained))
+    backend = backend_context.Context(TBContext(data_provider=provider, logdir=str(trained)))
+    request = api_pb2.ListSessionGroupsRequest(
+        slice_size=10,
+        allowed_statuses=[api_pb2.STATUS_SUCCESS, api_pb2.STATUS_RUNNING, api_pb2.STATUS_UNKNOWN],
+        col_params=[api_pb2.ColParams(metric=api_pb2.MetricName(tag="test/top1"))],
+    )
+    answer = list_session_groups.Handler(RequestContext(), backend, "", request).run()
+    assert answer.total_size == 2
+    for seed, group in enumerate(sorted(answer.session_groups, key=lambda group: group.name)):
+        assert group.name == f"demo/s{seed}"
+        assert len(group.sessions) == 1
+        assert {name: value.WhichOneof("kind") for name, value in group.hparams.items()} == {
+            "seed": "number_value",
+            "method.name": "string_value",
+            "optim.lr": "number_value",
+            "optim.nesterov": "number_value",  # torch writes yes as 1
+        }
+        assert group.hparams["seed"].number_value == seed
+        assert [(m.name.tag, m.value, m.training_step) for m in group.metric_values] == [("test/top1", 75.0 + seed, 5)]
+
+
+def test_a_record_too_large_to_be_read_is_named(good, monkeypatch):
+    monkeypatch.setattr(events, "LARGEST", 20)
+    monkeypatch.setattr(events.RecordReader.__init__, "__defaults__", (16,))
+    (named,) = [problem for problem in load_run(good).problems if "a record of more than" in problem.text]
+    assert f"{event_file(good).name}, byte 0: " in named.text
+    assert "others" in named.text
+    assert not named.spoils
+
+
+@pytest.mark.parametrize("text", ["a: " + "[" * 100_000, "[" * 8000, "seed: 2001-99-99"])
+def test_a_config_that_yaml_stumbles_over_is_named(good, text):
+    (good / "config.yaml").write_text(text)
+    _only_problem(good, "config.yaml cannot be read")
+
+
+def test_json_that_is_nested_without_end_is_named(good):
+    (good / "result.json").write_text("[" * 100_000)
+    _only_problem(good, "result.json cannot be read")
+
+
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, load._FAST_LOADER])
+def test_both_loaders_of_configurations_say_the_same(good, monkeypatch, loader):
+    text = "seed: 3\nepochs: 5\nmethod: {name: m, lr: 1e-3, on: yes, at: 2001-01-01, none: ~, o: 010, x: .inf}\n"
+    (good / "config.yaml").write_text(text)
+    monkeypatch.setattr(load, "_FAST_LOADER", loader)
+    assert load_run(good).config == yaml.safe_load(text)
+
+
+def test_a_bar_is_drawn_on_a_terminal_only(good, monkeypatch, capsys):
+    bar = load.tqdm
+    monkeypatch.setattr(load, "tqdm", lambda *given, **options: bar(*given, **options | {"delay": 0}))
+    load_runs(good.parents[1])
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    load_runs(good.parents[1])
+    assert "reading" in capsys.readouterr().err
