@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
+from analysis.cache import Cache, default_folder
 from analysis.load import InputError, nearest
 
 EXIT_BAD_INPUT = 2
@@ -32,6 +34,21 @@ class Parser(argparse.ArgumentParser):
         for word in unknown:
             raise InputError(f"unknown flag {word}; nearest: {nearest(word, self._option_string_actions)}.")
         return options
+
+
+def add_cache_flags(parser: Parser) -> None:
+    """Add ``--cache DIR`` and ``--no-cache``."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--cache", type=Path, metavar="DIR", help="where what was read is kept (default: ~/.cache/tract-analysis)"
+    )
+    group.add_argument("--no-cache", action="store_true", help="read everything anew and keep nothing")
+
+
+def chosen_cache(options: argparse.Namespace) -> Cache | None:
+    """The cache that the flags of :func:`add_cache_flags` ask for."""
+    folder = None if options.no_cache else options.cache or default_folder()
+    return folder and Cache(folder)
 
 
 def exit_code(command: Callable[[], int]) -> int:

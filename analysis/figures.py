@@ -30,7 +30,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.command import Parser, exit_code
+from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Cell, Row, Table
 from analysis.grouping import plain
 from analysis.load import InputError
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    tables = tables_of(options.runs, options.experiment)
+    tables = tables_of(options.runs, options.experiment, cache=chosen_cache(options))
     paths = [path for table in tables for path in _write(table, _target(options.out, table, len(tables)))]
     print("\n".join(map(str, paths)))
     for sentence in (sentence for table in tables for sentence in table.named):
@@ -87,6 +87,7 @@ def _parser() -> Parser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder or file name (default: %(default)s)")
+    add_cache_flags(parser)
     return parser
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from analysis.cache import Cache
 from analysis.events import LARGEST, Damage, EventLog, read_events
 
 SLURM = "slurm"  # folders of this name hold submissions, not runs
@@ -103,12 +104,13 @@ def resume_command(experiment: str, folder: Path) -> str:
     return f"python experiments/{experiment}.py --resume {shlex.quote(str(folder))}"
 
 
-def load_runs(root: Path, experiment: str | None = None) -> dict[str, list[Run]]:
+def load_runs(root: Path, experiment: str | None = None, cache: Cache | None = None) -> dict[str, list[Run]]:
     """All runs under a folder, by experiment; both in the order of their names.
 
     Args:
         root: the folder of experiments.
         experiment: only this one.
+        cache: what earlier readings left; the runs are the same with and without it.
 
     Raises:
         InputError: no such folder, no such experiment, or no run in it.
@@ -116,7 +118,7 @@ def load_runs(root: Path, experiment: str | None = None) -> dict[str, list[Run]]
     folders = [(name, folder) for name, folders in _find(root, experiment).items() for folder in folders]
     found: dict[str, list[Run]] = {}
     for name, folder in tqdm(folders, desc="reading", unit="run", delay=1, leave=False, disable=None):
-        found.setdefault(name, []).append(load_run(folder))
+        found.setdefault(name, []).append(load_run(folder, cache))
     if not found:
         raise InputError(f"expected run folders {root}/<experiment>/<run>, found none; start one or choose by --runs.")
     return found
@@ -148,7 +150,7 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return ", ".join(difflib.get_close_matches(word, known, n=3, cutoff=0.5) or known[:8])
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path, cache: Cache | None = None) -> Run:
     """Read one run folder and check that its parts agree."""
     problems: list[Problem] = []
     experiment = folder.parent.name
@@ -157,7 +159,7 @@ def load_run(folder: Path) -> Run:
     failure = _read_json(folder, "failure.json", problems, spoils=False)
     provenance = _read_json(folder, "provenance.json", problems, spoils=False)
     status = _status(folder)
-    events = read_events(folder)
+    events = read_events(folder) if cache is None else cache.read_events(folder)
     attempts = _attempts(folder, provenance, problems)
     problems += _state_problems(folder, status, failure, events, config)
     problems += [_damage_problem(folder, damage, status) for damage in events.damages]

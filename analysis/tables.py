@@ -21,7 +21,8 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.command import Parser, exit_code
+from analysis.cache import Cache
+from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Table, build_table
 from analysis.load import InputError, Run, load_runs, nearest
 from analysis.rendering import render
@@ -38,7 +39,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     best = options.best or options.metric == "best"
     metric = None if options.metric == "best" else options.metric
-    tables = tables_of(options.runs, options.experiment, metric, options.baseline, best)
+    cache = chosen_cache(options)
+    tables = tables_of(options.runs, options.experiment, metric, options.baseline, best, cache)
     _write(tables, options.format, options.out)
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
 
@@ -53,6 +55,7 @@ def _parser() -> Parser:
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write one file per experiment into this folder instead of printing")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
+    add_cache_flags(parser)
     return parser
 
 
@@ -62,13 +65,14 @@ def tables_of(
     metric: str | None = None,
     baseline: str | None = None,
     best: bool = False,
+    cache: Cache | None = None,
 ) -> list[Table]:
     """A table per experiment under ``root``; without a metric of the one that its runs are known by.
 
     Raises:
         InputError: a folder, an experiment, a metric or a baseline that does not exist.
     """
-    runs = load_runs(root, experiment)
+    runs = load_runs(root, experiment, cache)
     if metric is not None:
         _require_metric([run for group in runs.values() for run in group], metric)
     tables = [
