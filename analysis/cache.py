@@ -66,7 +66,7 @@ class Cache:
         known = self._get(run)
         before = list(known.extents) if known else []
         log = events.read_events(run, known)
-        if log.extents != before:
+        if log.extents and log.extents != before:
             self._put(run, log)
         return log
 

@@ -162,7 +162,10 @@ def read_events(folder: Path, known: EventLog | None = None) -> EventLog:
     """
     if known is not None and _untouched(folder, known):
         return known
-    paths = event_files(folder)
+    try:
+        paths = event_files(folder)
+    except OSError as error:
+        return EventLog(damages=[Damage(folder, 0, f"the folder cannot be read ({error.strerror})")])
     log = known if known is not None and _read_on(paths, known) else EventLog()
     for path in paths[len(log.extents) :]:
         _read_file(path, log)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -127,7 +128,7 @@ def load_runs(root: Path, experiment: str | None = None, cache: Cache | None = N
 def _find(root: Path, experiment: str | None) -> dict[str, list[Path]]:
     if not root.is_dir():
         raise InputError(f"expected a folder of runs, got {root}, which is not one; choose by --runs.")
-    if (root / "config.yaml").exists() or any((folder / "config.yaml").exists() for folder in _folders(root)):
+    if any(_exists(folder, "config.yaml") for folder in (root, *_folders(root))):
         raise InputError(f"expected a folder of experiments, got {root}, which holds runs; choose one above by --runs.")
     found = {folder.name: list(_folders(folder)) for folder in _folders(root)}
     found = {name: folders for name, folders in found.items() if folders}
@@ -139,9 +140,19 @@ def _find(root: Path, experiment: str | None) -> dict[str, list[Path]]:
 
 
 def _folders(parent: Path) -> Iterator[Path]:
-    for path in sorted(parent.iterdir()):
-        if path.is_dir() and path.name != SLURM and not path.name.startswith("."):
+    try:
+        paths = sorted(parent.iterdir())
+    except OSError as error:
+        text = f"expected a folder that can be read, got {parent} ({error.strerror}); choose others by --experiment"
+        raise InputError(f"{text} or --runs.") from None
+    for path in paths:
+        if os.path.isdir(path) and path.name != SLURM and not path.name.startswith("."):
             yield path
+
+
+def _exists(folder: Path, name: str) -> bool:
+    """Whether a folder has a file; a folder that cannot be looked into has none."""
+    return os.path.exists(folder / name)
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -173,9 +184,9 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
 
 
 def _status(folder: Path) -> Status:
-    if (folder / "result.json").exists():
+    if _exists(folder, "result.json"):
         return Status.finished
-    return Status.failed if (folder / "failure.json").exists() else Status.unfinished
+    return Status.failed if _exists(folder, "failure.json") else Status.unfinished
 
 
 def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
@@ -225,7 +236,7 @@ def _attempts(folder: Path, provenance: dict | None, problems: list[Problem]) ->
     attempts = (provenance or {}).get("attempts")
     if isinstance(attempts, list) and attempts and all(isinstance(attempt, dict) for attempt in attempts):
         return tuple(attempts)
-    if provenance is not None or not (folder / "provenance.json").exists():
+    if provenance is not None or not _exists(folder, "provenance.json"):
         text = "provenance.json names no attempt, so commit and versions are unknown"
         problems.append(Problem(f"{folder}: {text}; {_redo(folder)}.", spoils=False))
     return ()

@@ -2,6 +2,7 @@
 
 import threading
 import tracemalloc
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -353,3 +354,16 @@ def test_a_failing_disk_is_named_and_asked_again(tmp_path, monkeypatch):
     assert [damage.reason for damage in log.damages] == ["the file cannot be read (Input/output error)"]
     assert read_events(tmp_path, log).by_step("a") == {0: 0.0, 1: 1.0, 2: 2.0}
     assert read_events(tmp_path, log).damages == []
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_asked_again(tmp_path, monkeypatch):
+    write_events(tmp_path / "events.out.tfevents.1", [_point("a", 1.0, 1)])
+
+    def fail(*_):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as failing:
+        failing.setattr(Path, "glob", fail)
+        log = read_events(tmp_path)
+    assert [(d.file, d.reason) for d in log.damages] == [(tmp_path, "the folder cannot be read (Input/output error)")]
+    assert read_events(tmp_path, log).by_step("a") == {1: 1.0}

@@ -1,8 +1,12 @@
 """What is wrong with a run folder is said, in one sentence with the folder and a cure."""
 
+import builtins
+import io
 import json
+import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -340,3 +344,40 @@ def test_a_bar_is_drawn_on_a_terminal_only(good, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     load_runs(good.parents[1])
     assert "reading" in capsys.readouterr().err
+
+
+@pytest.fixture
+def locked(good, monkeypatch):
+    """A run folder that nobody may look into, also where the tests run as root."""
+
+    def refuse(call):
+        def guarded(path, *given, **options):
+            if not isinstance(path, int) and str(path).startswith(str(good)) and str(path) != str(good):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *given, **options)
+
+        return guarded
+
+    for module, name in ((os, "stat"), (io, "open"), (builtins, "open")):
+        monkeypatch.setattr(module, name, refuse(getattr(module, name)))
+    return good
+
+
+def test_a_run_folder_that_cannot_be_looked_into_is_named(locked):
+    run = load_runs(locked.parents[1])["demo"][0]
+    assert (run.status, run.usable, run.config) == (Status.unfinished, False, None)
+    assert any("config.yaml cannot be read" in problem.text for problem in run.problems)
+
+
+def test_an_experiment_that_cannot_be_listed_is_one_sentence(good, monkeypatch):
+    listed = Path.iterdir
+
+    def refuse(path):
+        if path == good.parent:
+            raise PermissionError(13, "Permission denied")
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(InputError, match="can be read") as caught:
+        load_runs(good.parents[1])
+    assert f"{good.parent} (Permission denied)" in str(caught.value)
