@@ -23,6 +23,7 @@ from analysis import events, tables
 from analysis.cache import Cache, default_folder, pack, unpack
 from analysis.events import masked_crc32c, read_events
 from analysis.load import load_runs
+from benchmarks import reading
 from tests.run_folders import configuration, curve, event_file, record_offsets, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -168,11 +169,12 @@ def opened(monkeypatch):
     return seen
 
 
-def test_the_second_reading_opens_no_event_file(run, cache, opened):
-    first = cache.read_events(run)
+def test_the_second_reading_opens_no_event_file_and_writes_nothing(run, cache, opened):
+    first, kept = cache.read_events(run), cache.path_of(run).stat()
     assert opened == [str(event_file(run))]
     assert _facts(cache.read_events(run)) == _facts(first)
     assert opened == [str(event_file(run))]
+    assert cache.path_of(run).stat() == kept
     assert _facts(first) == _facts(read_events(run))
 
 
@@ -342,3 +344,9 @@ def test_the_commands_keep_what_they_read_where_they_are_told(run, tmp_path, mon
     assert said == said[:1] * 4
     assert tables.main([*command, "--cache", "here", "--no-cache"]) == 2
     assert "not allowed with" in capsys.readouterr().err
+
+
+def test_the_benchmark_compares_the_same_points(tmp_path):
+    for seed in range(2):
+        reading.make_run(tmp_path / "runs" / "demo" / f"s{seed}", seed, epochs=3, train_points=10)
+    assert [reader(tmp_path) for reader in reading.READERS.values()] == [2 * (3 * 8 + 10)] * 3
