@@ -246,7 +246,7 @@ def _read_file(path: Path, log: EventLog, extent: Extent | None = None) -> bool:
     """Add a file to a log; of one that is read on, what follows ``extent``.
 
     Returns:
-        False where the file does not begin with what was read of it; the log is then of no use.
+        False where the file cannot be read on from there; the log is then of no use.
     """
     reader, broken = None, None
     try:
@@ -257,6 +257,8 @@ def _read_file(path: Path, log: EventLog, extent: Extent | None = None) -> bool:
             log.damages = [damage for damage in log.damages if damage.file != path]
             _add(reader, log)
     except OSError as error:
+        if extent is not None:  # what a full reading can read is the answer
+            return False
         broken = f"the file cannot be read ({error.strerror})"
         log.damages.append(Damage(path, reader.offset if reader else 0, broken))
     except DamagedRecordError as damage:

@@ -345,25 +345,32 @@ def test_a_folder_that_has_not_changed_is_not_opened_and_one_that_grew_is_read_o
     assert len(parsed) == 52
 
 
-def test_a_failing_disk_is_named_and_asked_again(tmp_path, monkeypatch):
+def _failing(*_):
+    raise OSError(5, "Input/output error")
+
+
+@pytest.mark.parametrize("name", ["__init__", "_blocks"])
+def test_a_failing_disk_is_named_and_asked_again(tmp_path, monkeypatch, name):
     monkeypatch.setattr(events.time, "time_ns", lambda: 2**62)
-    write_events(tmp_path / "events.out.tfevents.1", [_point("a", step, step) for step in range(3)])
+    path = tmp_path / "events.out.tfevents.1"
+    write_events(path, [_point("a", step, step) for step in range(3)])
+    log = read_events(tmp_path)
+    with open(path, "ab") as file:
+        file.write(_frames(_point("a", 3.0, 3)))
     with monkeypatch.context() as failing:
-        failing.setattr(RecordReader, "_blocks", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
-        log = read_events(tmp_path)
+        failing.setattr(RecordReader, name, _failing)
+        log = read_events(tmp_path, log)
+        assert log == read_events(tmp_path)
     assert [damage.reason for damage in log.damages] == ["the file cannot be read (Input/output error)"]
-    assert read_events(tmp_path, log).by_step("a") == {0: 0.0, 1: 1.0, 2: 2.0}
-    assert read_events(tmp_path, log).damages == []
+    log = read_events(tmp_path, log)
+    assert (log.by_step("a"), log.damages) == ({0: 0.0, 1: 1.0, 2: 2.0, 3: 3.0}, [])
 
 
 def test_a_folder_that_cannot_be_read_is_named_and_asked_again(tmp_path, monkeypatch):
     write_events(tmp_path / "events.out.tfevents.1", [_point("a", 1.0, 1)])
 
-    def fail(*_):
-        raise OSError(5, "Input/output error")
-
     with monkeypatch.context() as failing:
-        failing.setattr(Path, "glob", fail)
+        failing.setattr(Path, "glob", _failing)
         log = read_events(tmp_path)
     assert [(d.file, d.reason) for d in log.damages] == [(tmp_path, "the folder cannot be read (Input/output error)")]
     assert read_events(tmp_path, log).by_step("a") == {1: 1.0}
