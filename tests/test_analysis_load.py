@@ -231,14 +231,14 @@ def _train_as_we_do(folder, seed):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration(seed=seed)))
     hyper_parameters = {"seed": seed, "method.name": "tract", "optim.lr": 0.1, "optim.nesterov": True}
-    log, sizes = RunLog(folder, {}, hyper_parameters), {}
+    log, sizes = RunLog(folder, {}, hyper_parameters, "test/top1"), {}
     for epoch in (1, 2, 3):
         for step in range(10 * epoch - 10, 10 * epoch):
             log.scalar("train/loss", 1 / (step + 1), step)
         log.scalar("test/top1", 60.0 + epoch + seed, epoch)
         sizes = log.sizes() if epoch == 2 else sizes
     log.close()
-    log = RunLog(folder, sizes, hyper_parameters)
+    log = RunLog(folder, sizes, hyper_parameters, "test/top1")
     for epoch in (3, 4, 5):
         log.scalar("test/top1", 70.0 + epoch + seed, epoch)
     log.close()
