@@ -79,14 +79,14 @@ def build_table(
     named = [problem.text for run in runs for problem in run.problems]
     rows = []
     for values, places in _grouped(placed, keys):
-        cells = {label: _cell(places.get(label, []), metric, best, named) for label in methods}
+        cells = {label: cell_of(places.get(label, []), metric, best, named) for label in methods}
         if reference is not None:
-            cells = _with_differences(cells, reference)
+            cells = with_differences(cells, reference)
         row = Row({names[key]: value for key, value in zip(keys, values, strict=True)}, cells)
         named += _missing_seeds(experiment, row, places, dict(zip(keys, values, strict=True)))
         rows.append(row)
-    rows, count = _with_holm(rows)
-    named += _mixed(rows)
+    rows, count = with_holm(rows)
+    named += mixed_origins([run for row in rows for cell in row.cells.values() for run in cell.runs.values()])
     axes = tuple(names[key] for key in keys)
     return Table(experiment, metric, best, reference, axes, methods, tuple(rows), tuple(dict.fromkeys(named)), count)
 
@@ -123,7 +123,15 @@ def _grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[tuple, dict
     return sorted(rows.values(), key=lambda row: natural_order(row[0]))
 
 
-def _cell(runs: Sequence[Run], metric: str, best: bool, named: list[str]) -> Cell:
+def cell_of(runs: Sequence[Run], metric: str, best: bool, named: list[str]) -> Cell:
+    """One cell from the usable ones of its runs.
+
+    Args:
+        runs: all of one configuration and method.
+        metric: a TensorBoard tag.
+        best: each run's best epoch instead of its final one.
+        named: gets a sentence for every run that is usable but not used.
+    """
     values: dict[int, float] = {}
     used: dict[int, Run] = {}
     for seed, candidates in _by_seed([run for run in runs if run.usable]).items():
@@ -173,7 +181,8 @@ def best_value(curve: dict[int, float], metric: str) -> float:
     return choose(finite, default=math.nan)
 
 
-def _with_differences(cells: dict[str, Cell], baseline: str) -> dict[str, Cell]:
+def with_differences(cells: dict[str, Cell], baseline: str) -> dict[str, Cell]:
+    """The cells of a row, all but the baseline's with their difference from it."""
     reference = cells[baseline]
     return {
         label: cell if label == baseline else replace(cell, difference=_difference(cell, reference))
@@ -189,8 +198,8 @@ def _difference(cell: Cell, reference: Cell) -> Difference:
     return Difference(paired_difference(treated, plain_values, resolution), seeds)
 
 
-def _with_holm(rows: list[Row]) -> tuple[list[Row], int]:
-    """Adjust over the whole table; also the number of defined p-values."""
+def with_holm(rows: list[Row]) -> tuple[list[Row], int]:
+    """Adjust p-values over the whole table; also the number of defined ones."""
     places = [(i, label) for i, row in enumerate(rows) for label, cell in row.cells.items() if cell.difference]
     found = [rows[i].cells[label].difference.paired for i, label in places]
     by_t, by_permutation = holm([d.p_t for d in found]), holm([d.p_permutation for d in found])
@@ -234,9 +243,8 @@ def _overrides(label: str, seeds: Sequence[int], values: dict[str, Any]) -> str:
     )
 
 
-def _mixed(rows: Sequence[Row]) -> list[str]:
-    """What the runs behind the means were made with, where it differs."""
-    used = [run for row in rows for cell in row.cells.values() for run in cell.runs.values()]
+def mixed_origins(used: Sequence[Run]) -> list[str]:
+    """What the runs behind the means were made with, where it differs: a sentence for each kind."""
     facts = {"commit": _commit, "torch version": _torch, "hardware": _hardware, "data set": _data}
     found = []
     for name, fact in facts.items():
