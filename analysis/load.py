@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from analysis.cache import Cache
 from analysis.events import LARGEST, Damage, EventLog, read_events
+from analysis.identity import faults
 
 SLURM = "slurm"  # folders of this name hold submissions, not runs
 _FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, eight times as fast where libyaml is there
@@ -177,6 +178,8 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
     problems += _skipped_problems(folder, events)
     problems += _duplicate_problems(folder, events)
     if config is not None:
+        mixed = faults(folder, config, result, attempts, events.files)
+        problems += [_spoiled(folder, fault, "restore it from a copy, or delete it and train anew") for fault in mixed]
         problems += _epoch_problems(folder, config, events, status)
     if config is not None and result is not None:
         problems += _result_problems(folder, config, result, events)

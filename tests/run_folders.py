@@ -1,5 +1,6 @@
 """Synthetic run folders with known numbers, written by TensorBoard's own writers."""
 
+import copy
 import hashlib
 import json
 import struct
@@ -10,6 +11,9 @@ import yaml
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from experiments.training.run import _flat
 
 ATTEMPT = {
     "started": "2025-01-01T00:00:00+00:00",
@@ -46,11 +50,26 @@ def curve(seed, method, epochs=5, level=70.0):
     return [float(v) for v in level + np.arange(epochs) + noise]
 
 
+def folder_name(config):
+    """As training names it: the hash is that of all but ``runtime``, with ``data.root`` relative to ``data_dir``."""
+    tree = copy.deepcopy({key: value for key, value in config.items() if key != "runtime"})
+    root = tree["data"].pop("root", None)
+    if root is not None and root != "data":
+        tree["data"]["root"] = root.removeprefix("data/")
+    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return f"{config['model']['name']}-{config['method']['name']}-s{config['seed']}-{digest[:8]}"
+
+
+def write_hparams(folder, config):
+    """An event file that holds the configuration, as training begins its first one."""
+    with SummaryWriter(str(folder)) as writer:
+        for summary in hparams(_flat(config), {"test/top1": 0.0}):
+            writer.file_writer.add_summary(summary)
+
+
 def write_run(runs, config, top1, finished=True, attempts=(ATTEMPT,), experiment="demo", result=None, failure=None):
     """A run folder; ``top1`` are the accuracies of epochs 1, 2, ...; returns its path."""
-    text = json.dumps({key: value for key, value in config.items() if key != "runtime"}, sort_keys=True)
-    name = f"{config['model']['name']}-{config['method']['name']}-s{config['seed']}"
-    folder = Path(runs) / experiment / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    folder = Path(runs) / experiment / folder_name(config)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     (folder / "provenance.json").write_text(json.dumps({"attempts": list(attempts)}))

@@ -20,9 +20,12 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from analysis import events, load
+from analysis.identity import begun_with, config_hash, recorded
 from analysis.load import InputError, Status, load_run, load_runs
+from experiments import config as training
+from experiments.grid import grids, load_grid, plan
 from experiments.training.log import RunLog
-from tests.run_folders import configuration, curve, event_file, record_offsets, write_run
+from tests.run_folders import ATTEMPT, configuration, curve, event_file, record_offsets, write_hparams, write_run
 
 
 @pytest.fixture
@@ -189,6 +192,86 @@ def test_a_final_value_that_differs_from_the_result_is_named(good):
 def test_a_result_of_another_length_is_named(good):
     _rewrite(good / "result.json", epochs=6)
     _only_problem(good, "result.json says 6 epochs, config.yaml 5")
+
+
+# -- a folder of two runs ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"method": {"name": "tract"}}, {"epochs": 6}, {"optim": {"lr": 0.2}}])
+def test_a_config_changed_after_the_start_spoils_the_run(tmp_path, change):
+    folder = write_run(tmp_path, configuration(), curve(0, "vanilla"), result={"epochs": change.get("epochs", 5)})
+    _rewrite(folder / "config.yaml", **change)
+    assert f"{folder.name[-8:]} in the folder's name" in load_run(folder).problems[0].text
+    assert not load_run(folder).usable
+
+
+def test_another_machines_runtime_is_no_change(good):
+    _rewrite(good / "config.yaml", runtime={"workers": 9, "data_dir": "data"})
+    assert load_run(good).problems == ()
+
+
+def test_the_result_of_another_run_is_named(good):
+    _rewrite(good / "result.json", config_hash="01234567")
+    _only_problem(good, "different configurations", "01234567 in result.json", f"{good.name[-8:]} in config.yaml")
+
+
+@pytest.mark.parametrize("name", grids())
+def test_the_hash_is_the_one_that_training_gives(name):
+    configs = plan(load_grid(name)["experiment"], name, {"seed": [0]})[:40]
+    assert [config_hash(training.to_tree(config)) for config in configs] == list(map(training.config_hash, configs))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [({}, "its own data_dir"), ({"data.root": "here/inner"}, "inside it"), ({"data.root": "/elsewhere"}, "outside")],
+)
+def test_the_hash_is_the_one_that_training_gives_wherever_the_data_lie(data, words):
+    config = training.compose_config("imagenet_resnet", data | {"runtime.data_dir": "here"})
+    assert config_hash(training.to_tree(config)) == training.config_hash(config), words
+
+
+@pytest.mark.parametrize("words", ["seed=3", "method=tract", "--resume runs/demo/small-vanilla-s3-01234567"])
+def test_an_attempt_of_another_run_spoils_the_run(tmp_path, words):
+    attempts = [ATTEMPT, ATTEMPT | {"command": f"python experiments/demo.py {words}"}]
+    folder = write_run(tmp_path, configuration(), curve(0, "vanilla"), attempts=attempts)
+    _only_problem(folder, "an attempt of another run, method or seed", words)
+
+
+@pytest.mark.parametrize("words", ["seed=0 method=tract method.lambda_=1e-1", "seed=0,1 method=tract,vanilla", "'"])
+def test_an_attempt_that_says_what_the_run_is_is_no_problem(tmp_path, words):
+    config = configuration(method={"name": "tract", "lambda_": 0.1})
+    attempts = [ATTEMPT | {"command": f"python experiments/demo.py {words}"}]
+    folder = write_run(tmp_path, config, curve(0, "tract"), attempts=attempts)
+    resumed = ATTEMPT | {"command": f"python experiments/demo.py --resume elsewhere/{folder.name}/"}
+    (folder / "provenance.json").write_text(json.dumps({"attempts": [*attempts, resumed]}))
+    assert load_run(folder).problems == ()
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (configuration(seed=3), "seed=3 instead of 0"),
+        (configuration(method={"name": "tract", "lambda_": 0.1}), "method.name=tract instead of vanilla"),
+        (configuration(lr=0.2), "optim.lr=0.2 instead of 0.1"),
+    ],
+)
+def test_events_of_another_run_spoil_the_run(good, other, words):
+    write_hparams(good, other)
+    _only_problem(good, "was begun with", words)
+
+
+def test_events_of_the_same_run_on_another_machine_are_no_problem(good):
+    config = configuration()
+    config["runtime"]["workers"], config["data"]["root"] = 7, "/elsewhere"
+    write_hparams(good, config)
+    assert load_run(good).problems == ()
+
+
+def test_an_event_file_begins_with_what_training_wrote(tmp_path):
+    config = training.to_tree(training.compose_config("cifar_vit", {"method": "tract"}))
+    write_hparams(tmp_path, config)
+    assert begun_with(event_file(tmp_path)) == recorded(config)
+    assert begun_with(tmp_path / "absent") == {}
 
 
 def test_submission_folders_are_not_runs(tmp_path, good):
