@@ -8,8 +8,6 @@ or a folder put together from two, shows where they disagree.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -21,11 +19,12 @@ from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
-from analysis.events import DamagedRecordError, records
+from analysis.events import DamagedRecordError, RecordReader
 from analysis.grouping import plain
 
 _HASH = re.compile(r"-([0-9a-f]{8})$")
 _BEGIN = 8  # the configuration is among the first records of its file
+_BLOCK = 2**16  # bytes to read for them
 _SESSION = "_hparams_/session_start_info"
 _OF_THE_MACHINE = ("runtime.", "data.root")
 _NAMED = {"seed": "seed", "method": "method.name", "method.lambda_": "method.lambda_"}  # word of a command -> setting
@@ -43,35 +42,18 @@ def faults(
         attempts: those of its ``provenance.json``.
         files: its event files.
     """
-    found = [_hash_fault(folder, config, result)]
+    found = [_hash_fault(folder, result)]
     found += [_command_fault(folder, config, attempt) for attempt in attempts]
     found += [_events_fault(config, path) for path in files]
     return list(dict.fromkeys(fault for fault in found if fault is not None))
 
 
-def config_hash(config: dict[str, Any]) -> str:
-    """Eight hex digits of what decides a run's result: all but ``runtime``, as training computes them.
-
-    Of a ``data.root`` in ``runtime.data_dir`` only what is below that counts.
-    """
-    tree = {key: value for key, value in config.items() if key != "runtime"}
-    data, shared = tree.get("data"), (config.get("runtime") or {}).get("data_dir")
-    root = data.get("root") if isinstance(data, dict) else None
-    if isinstance(root, str) and root == shared:
-        tree["data"] = {key: value for key, value in data.items() if key != "root"}
-    elif isinstance(root, str) and root.startswith(f"{shared}/"):
-        tree["data"] = data | {"root": root.removeprefix(f"{shared}/")}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True, default=str).encode()).hexdigest()[:8]
-
-
-def _hash_fault(folder: Path, config: dict, result: dict | None) -> str | None:
-    hashes = {"config.yaml": config_hash(config), "the folder's name": _hash_in(folder.name)}
-    hashes["result.json"] = (result or {}).get("config_hash")
-    known = {place: value for place, value in hashes.items() if value is not None}
-    if len(set(known.values())) == 1:
+def _hash_fault(folder: Path, result: dict | None) -> str | None:
+    """The configuration's hash is written by training in both places; it is not computed here."""
+    own, said = _hash_in(folder.name), (result or {}).get("config_hash")
+    if None in (own, said) or own == said:
         return None
-    words = ", ".join(f"{value} in {place}" for place, value in known.items())
-    return f"parts of different configurations ({words})"
+    return f"parts of different configurations ({own} in the folder's name, {said} in result.json)"
 
 
 def _hash_in(name: str) -> str | None:
@@ -123,14 +105,18 @@ def _rank(key: str) -> tuple[bool, str]:
 def begun_with(path: Path) -> dict[str, Any]:
     """The configuration that an event file begins with, flat; {} where it holds none."""
     try:
-        for _, data in islice(records(path), _BEGIN):
-            for value in Event.FromString(data).summary.value:
-                if value.tag == _SESSION:
-                    content = HParamsPluginData.FromString(value.metadata.plugin_data.content)
-                    return {k: getattr(v, v.WhichOneof("kind")) for k, v in content.session_start_info.hparams.items()}
-    except (DamagedRecordError, DecodeError, TypeError):  # damage is named where all points are read
+        with open(path, "rb") as file:
+            for _, data in islice(RecordReader(file, _BLOCK), _BEGIN):
+                for value in Event.FromString(data).summary.value:
+                    if value.tag == _SESSION:
+                        return _values(HParamsPluginData.FromString(value.metadata.plugin_data.content))
+    except (DamagedRecordError, DecodeError, TypeError, OSError):  # damage is named where all points are read
         pass
     return {}
+
+
+def _values(content: HParamsPluginData) -> dict[str, Any]:
+    return {key: getattr(value, value.WhichOneof("kind")) for key, value in content.session_start_info.hparams.items()}
 
 
 def recorded(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -144,7 +130,7 @@ def recorded(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         if isinstance(value, dict):
             flat |= recorded(value, f"{prefix}{key}.")
-        elif not key.startswith("_"):
+        elif not str(key).startswith("_"):
             number = isinstance(value, int | float) and not isinstance(value, bool)
             flat[f"{prefix}{key}"] = float(value) if number else value if isinstance(value, bool) else str(value)
     return flat
