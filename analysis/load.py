@@ -126,6 +126,15 @@ def load_runs(root: Path, experiment: str | None = None, cache: Cache | None = N
     return found
 
 
+def experiments_in(root: Path) -> list[str]:
+    """The names of the experiments that have run folders, unread.
+
+    Raises:
+        InputError: no such folder.
+    """
+    return list(_find(root, None))
+
+
 def _find(root: Path, experiment: str | None) -> dict[str, list[Path]]:
     if not root.is_dir():
         raise InputError(f"expected a folder of runs, got {root}, which is not one; choose by --runs.")
@@ -166,7 +175,7 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
     """Read one run folder and check that its parts agree."""
     problems: list[Problem] = []
     experiment = folder.parent.name
-    config = _read_config(folder, problems)
+    config = read_config(folder, problems)
     result = _read_json(folder, "result.json", problems, spoils=True)
     failure = _read_json(folder, "failure.json", problems, spoils=False)
     provenance = _read_json(folder, "provenance.json", problems, spoils=False)
@@ -192,7 +201,8 @@ def _status(folder: Path) -> Status:
     return Status.failed if _exists(folder, "failure.json") else Status.unfinished
 
 
-def _read_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
+def read_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
+    """The content of a run's ``config.yaml``; None, and one more problem, where it is unusable."""
     try:
         text = (folder / "config.yaml").read_text(encoding="utf-8")
         config = yaml.load(text, _FAST_LOADER if len(text) < _LONG else yaml.SafeLoader)

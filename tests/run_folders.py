@@ -69,10 +69,7 @@ def write_hparams(folder, config):
 
 def write_run(runs, config, top1, finished=True, attempts=(ATTEMPT,), experiment="demo", result=None, failure=None):
     """A run folder; ``top1`` are the accuracies of epochs 1, 2, ...; returns its path."""
-    folder = Path(runs) / experiment / folder_name(config)
-    folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "provenance.json").write_text(json.dumps({"attempts": list(attempts)}))
+    folder = _begin(runs, config, attempts, experiment)
     with SummaryWriter(str(folder)) as writer:
         for epoch, value in enumerate(top1, start=1):
             for step in range(10 * epoch - 10, 10 * epoch):
@@ -80,12 +77,36 @@ def write_run(runs, config, top1, finished=True, attempts=(ATTEMPT,), experiment
             writer.add_scalar("test/top1", value, epoch)
             writer.add_scalar("test/loss", 1 - value / 100, epoch)
     if finished:
-        metrics = {"test/top1": top1[-1]} if len(top1) else {}
-        content = {"config_hash": folder.name[-8:], "epochs": config["epochs"], "metrics": metrics, "attempts": 1}
-        (folder / "result.json").write_text(json.dumps(content | (result or {})))
+        _finish(folder, config, {"test/top1": top1[-1]} if len(top1) else {}, result)
     if failure is not None:
         (folder / "failure.json").write_text(json.dumps(failure))
     return folder
+
+
+def write_final(runs, config, metrics, attempts=(ATTEMPT,)):
+    """A finished run that has only been evaluated at its end; ``metrics`` are {tag: value}; returns its path.
+
+    Its configuration should have ``eval_every`` of at least its epochs.
+    """
+    folder = _begin(runs, config, attempts, config["experiment"])
+    with SummaryWriter(str(folder)) as writer:
+        for tag, value in metrics.items():
+            writer.add_scalar(tag, value, config["epochs"])
+    _finish(folder, config, metrics)
+    return folder
+
+
+def _begin(runs, config, attempts, experiment):
+    folder = Path(runs) / experiment / folder_name(config)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "provenance.json").write_text(json.dumps({"attempts": list(attempts)}))
+    return folder
+
+
+def _finish(folder, config, metrics, changes=None):
+    content = {"config_hash": folder.name[-8:], "epochs": config["epochs"], "metrics": metrics, "attempts": 1}
+    (folder / "result.json").write_text(json.dumps(content | (changes or {})))
 
 
 def event_file(folder):
