@@ -22,7 +22,7 @@ _LATEX = {
     "±": r"$\pm$", "−": r"$-$", "Δ": r"$\Delta$", "–": r"\textendash{}", "\n": " ",
 }  # fmt: skip
 _CELL_FIELDS = ("method", "n", "mean", "std", "seeds", "values", "runs")
-_DIFFERENCE_FIELDS = ("n", "mean", "low", "high", "p_t", "p_permutation", "p_holm", "p_holm_permutation")
+DIFFERENCE_FIELDS = ("n", "mean", "low", "high", "p_t", "p_permutation", "p_holm", "p_holm_permutation")
 
 
 def render(tables: Sequence[Table], form: str) -> str:
@@ -181,11 +181,12 @@ def _plain_cell(label: str, cell: Cell) -> dict[str, Any]:
         "seeds": list(cell.values),
         "values": list(cell.values.values()),
         "runs": [str(run.folder) for run in cell.runs.values()],
-        "difference": None if cell.difference is None else _plain_difference(cell.difference),
+        "difference": None if cell.difference is None else plain_difference(cell.difference),
     }
 
 
-def _plain_difference(difference: Difference) -> dict[str, Any]:
+def plain_difference(difference: Difference) -> dict[str, Any]:
+    """A difference as a dictionary of full-precision numbers."""
     adjusted = {"p_holm": difference.p_holm, "p_holm_permutation": difference.p_holm_permutation}
     return {**asdict(difference.paired), **adjusted, "seeds": list(difference.seeds)}
 
@@ -193,7 +194,7 @@ def _plain_difference(difference: Difference) -> dict[str, Any]:
 def to_csv(tables: Sequence[Table]) -> str:
     """One line per cell of all tables; lists are separated by a semicolon; an empty field is undefined."""
     axes = list(dict.fromkeys(axis for table in tables for axis in table.axes))
-    differences = [f"difference_{name}" for name in _DIFFERENCE_FIELDS]
+    differences = [f"difference_{name}" for name in DIFFERENCE_FIELDS]
     names = ["experiment", "metric", "epoch", *axes, *_CELL_FIELDS, "baseline", *differences]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
@@ -210,5 +211,5 @@ def _csv_line(table: Table, row: Row, label: str, cell: Cell) -> dict[str, Any]:
     line = {key: ";".join(map(str, value)) if isinstance(value, list) else value for key, value in content.items()}
     line |= {"experiment": table.experiment, "metric": table.metric, "epoch": "best" if table.best else "final"}
     line |= {name: plain(value) for name, value in row.settings.items()}
-    line |= {f"difference_{key}": difference[key] for key in _DIFFERENCE_FIELDS if key in difference}
+    line |= {f"difference_{key}": difference[key] for key in DIFFERENCE_FIELDS if key in difference}
     return line | {"baseline": table.baseline}

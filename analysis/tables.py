@@ -1,10 +1,15 @@
 """Accuracy tables from run folders.
 
     python analysis/tables.py --runs runs --experiment cifar_resnet
+    python analysis/tables.py --runs runs --table 1
+    python analysis/tables.py --table runtime --runtime runtime.json
 
 One table per experiment: a row per configuration, a column per method, mean ± sample standard
 deviation (n) of the final epoch, and each method's difference from the baseline, paired by
 seed. Runs that are unfinished, failed or damaged, and missing seeds, are named below the table.
+
+With --table the paper's tables in its own layout, ours beside the published numbers; what was
+not run is a gap, and below the table stands the command that makes it.
 """
 
 from __future__ import annotations
@@ -18,13 +23,16 @@ if __package__ in (None, ""):
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis.cache import Cache
 from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Table, build_table
 from analysis.load import InputError, Run, load_runs, nearest
+from analysis.paper import RUNTIME, PaperTable, build_paper_table, table_names
+from analysis.paper_rendering import render_paper
+from analysis.paper_runtime import build_runtime_table
 from analysis.rendering import render
 
 _SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
@@ -37,23 +45,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    best = options.best or options.metric == "best"
-    metric = None if options.metric == "best" else options.metric
-    cache = chosen_cache(options)
-    tables = tables_of(options.runs, options.experiment, metric, options.baseline, best, cache)
-    _write(tables, options.format, options.out)
+    _refuse_contradictions(options)
+    if options.table is not None:
+        chosen = table_names() if options.table == "all" else [options.table]
+        tables = [_paper_table(name, options) for name in chosen]
+        _write(tables, [table.name.replace(" ", "-") for table in tables], render_paper, options)
+    else:
+        best = options.best or options.metric == "best"
+        metric = None if options.metric == "best" else options.metric
+        tables = tables_of(options.runs, options.experiment, metric, options.baseline, best, chosen_cache(options))
+        _write(tables, [_experiment_name(table) for table in tables], render, options)
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
+
+
+def _refuse_contradictions(options: argparse.Namespace) -> None:
+    for flag in ("experiment", "metric", "baseline", "best"):
+        if options.table is not None and getattr(options, flag):
+            raise InputError(f"--table decides the {flag} itself, got --{flag} too; leave out one of the two.")
+    if options.runtime is not None and options.table not in (RUNTIME, "all"):
+        raise InputError(f"--runtime is for --table {RUNTIME} or all, got --table {options.table}; give that.")
+
+
+def _paper_table(name: str, options: argparse.Namespace) -> PaperTable:
+    return build_runtime_table(options.runtime) if name == RUNTIME else build_paper_table(name, options.runs)
 
 
 def _parser() -> Parser:
     parser = Parser(description="Tables from run folders: mean ± sample std (n) per configuration and method.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
+    parser.add_argument("--table", choices=[*table_names(), "all"], help="a table of the paper, ours beside published")
+    parser.add_argument("--runtime", type=Path, help="for --table runtime: what experiments/runtime.py --out wrote")
     parser.add_argument("--metric", help="TensorBoard tag (default: the one its runs are known by), or best")
     parser.add_argument("--baseline", help="method that the others are compared with (default: vanilla)")
     parser.add_argument("--best", action="store_true", help="each run's best epoch, which selects on the test set")
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="write one file per experiment into this folder instead of printing")
+    parser.add_argument("--out", type=Path, help="write a file per table into this folder instead of printing")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
     add_cache_flags(parser)
     return parser
@@ -98,22 +125,26 @@ def _require_metric(runs: Sequence[Run], metric: str) -> None:
         raise InputError(f"no run has the metric {metric}; nearest: {nearest(metric, known)}.")
 
 
-def _write(tables: Sequence[Table], form: str, out: Path | None) -> None:
-    if out is None:
-        print(render(tables, form), end="")
+def _experiment_name(table: Table) -> str:
+    return f"{table.experiment}-{table.metric.replace('/', '-')}{'-best' if table.best else ''}"
+
+
+def _write(tables: Sequence, names: Sequence[str], render: Callable[[Sequence, str], str], options) -> None:
+    """Print the tables, or write each into a file of its name."""
+    if options.out is None:
+        print(render(tables, options.format), end="")
     else:
-        _write_files(tables, form, out)
-    if form == "csv":  # has no place for sentences
+        _write_files(dict(zip(names, tables, strict=True)), render, options.format, options.out)
+    if options.format == "csv":  # has no place for sentences
         for sentence in (sentence for table in tables for sentence in table.named):
             print(sentence, file=sys.stderr)
 
 
-def _write_files(tables: Sequence[Table], form: str, out: Path) -> None:
+def _write_files(tables: dict[str, Table | PaperTable], render: Callable, form: str, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        for table in tables:
-            selection = "-best" if table.best else ""
-            path = out / f"{table.experiment}-{table.metric.replace('/', '-')}{selection}.{_SUFFIX[form]}"
+        for name, table in tables.items():
+            path = out / f"{name}.{_SUFFIX[form]}"
             path.write_text(render([table], form), encoding="utf-8")
             print(path)
     except OSError as error:
