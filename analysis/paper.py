@@ -8,7 +8,7 @@ sentence under the table has the command that makes them.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ class PaperRow:
 class PaperTable:
     """One of the paper's tables."""
 
-    name: str  # 1 to 7, or runtime
+    name: str  # "table 1" to "table 7", "section 4.6"
     title: str
     axes: tuple[str, ...]
     columns: tuple[str, ...]
@@ -110,15 +110,21 @@ def table_names() -> list[str]:
     return [*layout()["tables"], RUNTIME]
 
 
-def build_paper_table(name: str, root: Path) -> PaperTable:
+def runs_of(root: Path, experiment: str) -> list[Run]:
+    """All runs of an experiment, [] where there are none.
+
+    Raises:
+        InputError: no such folder of experiments.
+    """
+    return load_runs(root, experiment)[experiment] if experiment in experiments_in(root) else []
+
+
+def build_paper_table(name: str, load: Callable[[str], Sequence[Run]]) -> PaperTable:
     """One of the tables 1 to 7.
 
     Args:
         name: its number.
-        root: the folder of experiments.
-
-    Raises:
-        InputError: no such folder.
+        load: gives all runs of an experiment.
     """
     plan = layout()["tables"][name]
     spec = layout()["sets"][plan["set"]]
@@ -126,7 +132,7 @@ def build_paper_table(name: str, root: Path) -> PaperTable:
     keys = _keys(plan, spec)
     shown = {(key.subject, key.arm) for row in keys for key in row}
     found = [cohort for cohort in cohorts(spec) if (cohort.subject, cohort.arm) in shown]
-    members = members_of(found, _runs(root, spec["experiment"]), named)
+    members = members_of(found, load(spec["experiment"]), named)
     cells, count = _compared(_cells(members, spec, {key for row in keys for key in row}, named))
     names = layout()["names"] | spec.get("names", {})
     digits = spec.get("digits", _DIGITS)
@@ -141,10 +147,6 @@ def build_paper_table(name: str, root: Path) -> PaperTable:
     remarks = _remarks(rows, names, digits) if plan.get("average") else ()
     head = (f"table {name}", plan["title"], tuple(plan["axes"]), _columns(plan, names))
     return PaperTable(*head, rows, average, names, digits, remarks, tuple(dict.fromkeys(named)), count)
-
-
-def _runs(root: Path, experiment: str) -> list[Run]:
-    return load_runs(root, experiment)[experiment] if experiment in experiments_in(root) else []
 
 
 # -- the layout -----------------------------------------------------------------------------------

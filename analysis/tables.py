@@ -21,6 +21,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from analysis.cache import Cache
 from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Table, build_table
 from analysis.load import InputError, Run, load_runs, nearest
-from analysis.paper import RUNTIME, PaperTable, build_paper_table, table_names
+from analysis.paper import RUNTIME, PaperTable, build_paper_table, runs_of, table_names
 from analysis.paper_rendering import render_paper
 from analysis.paper_runtime import build_runtime_table
 from analysis.rendering import render
@@ -47,8 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> int:
     _refuse_contradictions(options)
     if options.table is not None:
-        chosen = table_names() if options.table == "all" else [options.table]
-        tables = [_paper_table(name, options) for name in chosen]
+        tables = _paper_tables(options)
         _write(tables, [table.name.replace(" ", "-") for table in tables], render_paper, options)
     else:
         best = options.best or options.metric == "best"
@@ -58,16 +58,18 @@ def _run(options: argparse.Namespace) -> int:
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
 
 
+def _paper_tables(options: argparse.Namespace) -> list[PaperTable]:
+    names = table_names() if options.table == "all" else [options.table]
+    load = functools.cache(lambda experiment: runs_of(options.runs, experiment))  # tables share experiments
+    return [build_runtime_table(options.runtime) if n == RUNTIME else build_paper_table(n, load) for n in names]
+
+
 def _refuse_contradictions(options: argparse.Namespace) -> None:
     for flag in ("experiment", "metric", "baseline", "best"):
         if options.table is not None and getattr(options, flag):
             raise InputError(f"--table decides the {flag} itself, got --{flag} too; leave out one of the two.")
     if options.runtime is not None and options.table not in (RUNTIME, "all"):
-        raise InputError(f"--runtime is for --table {RUNTIME} or all, got --table {options.table}; give that.")
-
-
-def _paper_table(name: str, options: argparse.Namespace) -> PaperTable:
-    return build_runtime_table(options.runtime) if name == RUNTIME else build_paper_table(name, options.runs)
+        raise InputError(f"--runtime is for --table {RUNTIME} or --table all, got neither; give one of them.")
 
 
 def _parser() -> Parser:

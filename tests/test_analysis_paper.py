@@ -135,9 +135,9 @@ def test_an_average_of_what_is_not_whole_is_none():
     assert paper.average([whole, Summary(1, 71.0, None)], 2) == Summary(2, pytest.approx(70.565), None)
 
 
-def test_every_cell_of_every_table_has_its_published_number(tmp_path):
+def test_every_cell_of_every_table_has_its_published_number():
     for name in paper.layout()["tables"]:
-        table = paper.build_paper_table(name, tmp_path)
+        table = paper.build_paper_table(name, lambda experiment: [])
         absent = [cell.key for row in table.rows for cell in row.cells if cell.published is None]
         assert all((key.arm, key.quantity) == ("paper", "top5") for key in absent)
         assert len(absent) == (3 if name == "3" else 0)
@@ -587,8 +587,11 @@ def test_latex_is_balanced_and_its_rows_are_as_long_as_its_columns(zoo, capsys):
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(columns)}
 
 
-def test_all_tables_are_written_into_files(zoo, tmp_path, capsys):
+def test_all_tables_are_written_into_files_and_read_every_run_once(zoo, tmp_path, capsys, monkeypatch):
+    asked, load = [], tables.runs_of
+    monkeypatch.setattr(tables, "runs_of", lambda root, experiment: asked.append(experiment) or load(root, experiment))
     assert tables.main(["--table", "all", "--runs", str(zoo), "--out", str(tmp_path)]) == 0
+    assert sorted(asked) == sorted(spec["experiment"] for spec in SETS.values())
     names = [*(f"table-{number}.md" for number in range(1, 8)), "section-4.6.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
     assert capsys.readouterr().out.split() == [str(tmp_path / name) for name in names]
