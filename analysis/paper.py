@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from analysis.cache import Cache
 from analysis.comparison import Cell, Difference, Row, cell_of, mixed_origins, with_differences, with_holm
 from analysis.load import Run, experiments_in, load_runs
 from analysis.paper_runs import Cohort, Members, cohorts, members_of, missing, missing_sentence, mixed_settings
@@ -110,13 +111,13 @@ def table_names() -> list[str]:
     return [*layout()["tables"], RUNTIME]
 
 
-def runs_of(root: Path, experiment: str) -> list[Run]:
+def runs_of(root: Path, experiment: str, cache: Cache | None = None) -> list[Run]:
     """All runs of an experiment, [] where there are none.
 
     Raises:
         InputError: no such folder of experiments.
     """
-    return load_runs(root, experiment)[experiment] if experiment in experiments_in(root) else []
+    return load_runs(root, experiment, cache)[experiment] if experiment in experiments_in(root) else []
 
 
 def build_paper_table(name: str, load: Callable[[str], Sequence[Run]]) -> PaperTable:

@@ -60,7 +60,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _paper_tables(options: argparse.Namespace) -> list[PaperTable]:
     names = table_names() if options.table == "all" else [options.table]
-    load = functools.cache(lambda experiment: runs_of(options.runs, experiment))  # tables share experiments
+    cache = chosen_cache(options)
+    load = functools.cache(lambda experiment: runs_of(options.runs, experiment, cache))  # tables share experiments
     return [build_runtime_table(options.runtime) if n == RUNTIME else build_paper_table(n, load) for n in names]
 
 

@@ -589,7 +589,9 @@ def test_latex_is_balanced_and_its_rows_are_as_long_as_its_columns(zoo, capsys):
 
 def test_all_tables_are_written_into_files_and_read_every_run_once(zoo, tmp_path, capsys, monkeypatch):
     asked, load = [], tables.runs_of
-    monkeypatch.setattr(tables, "runs_of", lambda root, experiment: asked.append(experiment) or load(root, experiment))
+    monkeypatch.setattr(
+        tables, "runs_of", lambda root, experiment, cache: asked.append(experiment) or load(root, experiment, cache)
+    )
     assert tables.main(["--table", "all", "--runs", str(zoo), "--out", str(tmp_path)]) == 0
     assert sorted(asked) == sorted(spec["experiment"] for spec in SETS.values())
     names = [*(f"table-{number}.md" for number in range(1, 8)), "section-4.6.md"]
