@@ -245,7 +245,7 @@ def _overrides(label: str, seeds: Sequence[int], values: dict[str, Any]) -> str:
 
 def mixed_origins(used: Sequence[Run]) -> list[str]:
     """What the runs behind the means were made with, where it differs: a sentence for each kind."""
-    facts = {"commit": _commit, "torch version": _torch, "hardware": _hardware, "data set": _data}
+    facts = {"commit": commit_of, "torch version": torch_of, "hardware": hardware_of, "data set": _data}
     found = []
     for name, fact in facts.items():
         folders: dict[str, list[str]] = {}
@@ -270,17 +270,20 @@ def _runs(folders: Sequence[str]) -> str:
     return "1 run" if len(folders) == 1 else f"{len(folders)} runs"
 
 
-def _commit(attempt: dict[str, Any]) -> str:
+def commit_of(attempt: dict[str, Any]) -> str:
+    """The commit of an attempt in a few characters, and whether the code differed from it."""
     commit = str(attempt.get("commit") or "unknown")[:12]
     return f"{commit} with uncommitted changes {attempt.get('diff') or ''}".rstrip() if attempt.get("dirty") else commit
 
 
-def _torch(attempt: dict[str, Any]) -> str:
+def torch_of(attempt: dict[str, Any]) -> str:
+    """The torch version of an attempt."""
     packages = attempt.get("packages")
     return str(packages.get("torch", "unknown")) if isinstance(packages, dict) else "unknown"
 
 
-def _hardware(attempt: dict[str, Any]) -> str:
+def hardware_of(attempt: dict[str, Any]) -> str:
+    """The device that an attempt trained on."""
     hardware = attempt.get("hardware")
     return str(hardware.get("device", "unknown")) if isinstance(hardware, dict) else str(hardware or "unknown")
 

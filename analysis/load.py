@@ -59,6 +59,7 @@ class Run:
     experiment: str
     config: dict[str, Any] | None  # None where config.yaml is missing or unusable
     result: dict[str, Any] | None  # content of result.json
+    failure: dict[str, Any] | None  # content of failure.json
     status: Status
     events: EventLog
     attempts: tuple[dict[str, Any], ...]
@@ -192,7 +193,7 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
         problems += _epoch_problems(folder, config, events, status)
     if config is not None and result is not None:
         problems += _result_problems(folder, config, result, events)
-    return Run(folder, experiment, config, result, status, events, attempts, tuple(problems))
+    return Run(folder, experiment, config, result, failure, status, events, attempts, tuple(problems))
 
 
 def _status(folder: Path) -> Status:

@@ -90,8 +90,8 @@ def readable_cell(cell: Cell, metric: str) -> str:
     summary = cell.summary
     if summary.mean is None:
         return f"{NONE} (0)"
-    spread = "" if summary.std is None else f" ± {_number(summary.std, metric)}"
-    return f"{_number(summary.mean, metric)}{spread} ({summary.n})"
+    spread = "" if summary.std is None else f" ± {readable_number(summary.std, metric)}"
+    return f"{readable_number(summary.mean, metric)}{spread} ({summary.n})"
 
 
 def readable_difference(difference: Difference, metric: str) -> str:
@@ -99,8 +99,9 @@ def readable_difference(difference: Difference, metric: str) -> str:
     paired = difference.paired
     if paired.mean is None:
         return NONE
-    interval = "" if paired.low is None else f" [{_signed(paired.low, metric)}, {_signed(paired.high, metric)}]"
-    return f"{_signed(paired.mean, metric)}{interval} ({paired.n})"
+    ends = [readable_signed(end, metric) for end in (paired.low, paired.high) if end is not None]
+    interval = f" [{', '.join(ends)}]" if ends else ""
+    return f"{readable_signed(paired.mean, metric)}{interval} ({paired.n})"
 
 
 def readable_p(difference: Difference) -> str:
@@ -109,13 +110,15 @@ def readable_p(difference: Difference) -> str:
     return " / ".join(NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3g}" for p in numbers)
 
 
-def _number(value: float, metric: str) -> str:
+def readable_number(value: float, metric: str) -> str:
+    """``71.23`` for a percentage, four digits of anything else."""
     text = f"{value:.2f}" if metric.rpartition("/")[2].startswith(("top", "map")) else f"{value:.4g}"
     return text.replace("-", "−")
 
 
-def _signed(value: float, metric: str) -> str:
-    text = _number(value, metric)
+def readable_signed(value: float, metric: str) -> str:
+    """The same of a difference: ``+0.52``."""
+    text = readable_number(value, metric)
     return text if text.startswith("−") else f"+{text}"
 
 

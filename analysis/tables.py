@@ -102,7 +102,13 @@ def tables_of(
     Raises:
         InputError: a folder, an experiment, a metric or a baseline that does not exist.
     """
-    runs = load_runs(root, experiment, cache)
+    return tables_from(load_runs(root, experiment, cache), metric, baseline, best)
+
+
+def tables_from(
+    runs: dict[str, list[Run]], metric: str | None = None, baseline: str | None = None, best: bool = False
+) -> list[Table]:
+    """As :func:`tables_of`, of runs that are loaded already."""
     if metric is not None:
         _require_metric([run for group in runs.values() for run in group], metric)
     tables = [
