@@ -11,8 +11,10 @@ import numpy as np
 
 from analysis.grouping import ABSENT, flatten, method_labels, natural_order, plain, settings, short_names, varying_keys
 from analysis.load import Run, expected_epochs
-from analysis.statistics import PairedDifference, Summary, holm, paired_difference, summarise
+from analysis.speedup import Speedup, over_seconds, speedup
+from analysis.statistics import PairedDifference, Summary, holm, paired_difference, smallest_detectable, summarise
 
+_SECONDS = "time/epoch_seconds"
 _SMALLER_IS_BETTER = ("loss", "seconds", "mib", "error")
 
 
@@ -24,6 +26,15 @@ class Difference:
     seeds: tuple[int, ...]
     p_holm: float | None = None  # of the paired t-tests of the whole table
     p_holm_permutation: float | None = None
+    detectable: float | None = None  # what a t-test of so many pairs finds in 80 % of all cases
+
+
+@dataclass(frozen=True)
+class Speedups:
+    """How much earlier a method reaches the baseline's final value."""
+
+    epochs: Speedup
+    seconds: Speedup | None  # None where a run's times are not complete
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Cell:
     runs: dict[int, Run]
     summary: Summary
     difference: Difference | None = None
+    speedups: Speedups | None = None  # where they were asked for
 
 
 @dataclass(frozen=True)
@@ -57,10 +69,16 @@ class Table:
     rows: tuple[Row, ...]
     named: tuple[str, ...]  # one sentence per gap or doubt
     comparisons: int = 0  # number of p-values that Holm's adjustment counts
+    has_speedups: bool = False  # whether they were asked for
 
 
 def build_table(
-    experiment: str, runs: Sequence[Run], metric: str, baseline: str = "vanilla", best: bool = False
+    experiment: str,
+    runs: Sequence[Run],
+    metric: str,
+    baseline: str = "vanilla",
+    best: bool = False,
+    speedups: bool = False,
 ) -> Table:
     """Group runs into cells and compare each method with the baseline.
 
@@ -70,6 +88,7 @@ def build_table(
         metric: a TensorBoard tag.
         baseline: label or name of the method that the others are compared with.
         best: take each run's best epoch, which selects on the test set.
+        speedups: also how much earlier each method reaches the baseline's final value.
     """
     placed = [run for run in runs if run.config is not None]
     keys = varying_keys([settings(run.config) for run in placed])
@@ -82,13 +101,16 @@ def build_table(
         cells = {label: cell_of(places.get(label, []), metric, best, named) for label in methods}
         if reference is not None:
             cells = with_differences(cells, reference)
+            cells = with_speedups(cells, reference, metric) if speedups else cells
         row = Row({names[key]: value for key, value in zip(keys, values, strict=True)}, cells)
         named += _missing_seeds(experiment, row, places, dict(zip(keys, values, strict=True)))
         rows.append(row)
     rows, count = with_holm(rows)
     named += mixed_origins([run for row in rows for cell in row.cells.values() for run in cell.runs.values()])
     axes = tuple(names[key] for key in keys)
-    return Table(experiment, metric, best, reference, axes, methods, tuple(rows), tuple(dict.fromkeys(named)), count)
+    return Table(
+        experiment, metric, best, reference, axes, methods, tuple(rows), tuple(dict.fromkeys(named)), count, speedups
+    )
 
 
 def find_baseline(methods: Sequence[str], wanted: str) -> str | None:
@@ -195,7 +217,49 @@ def _difference(cell: Cell, reference: Cell) -> Difference:
     treated, plain_values = [cell.values[s] for s in seeds], [reference.values[s] for s in seeds]
     largest = max(map(abs, [*treated, *plain_values]), default=0.0)
     resolution = float(np.spacing(np.float32(largest)))  # events hold float32
-    return Difference(paired_difference(treated, plain_values, resolution), seeds)
+    spread = summarise(np.subtract(treated, plain_values)).std
+    detectable = smallest_detectable(spread, len(seeds))
+    return Difference(paired_difference(treated, plain_values, resolution), seeds, detectable=detectable)
+
+
+def with_speedups(cells: dict[str, Cell], baseline: str, metric: str) -> dict[str, Cell]:
+    """The cells of a row with their speed-up against the baseline, where both have runs.
+
+    That of the baseline against itself is what a noisy curve gains without any method.
+    """
+    reference = _curves(cells[baseline], metric)
+    if not reference:
+        return cells
+    found = dict(cells)
+    for label, cell in cells.items():
+        curves = _curves(cell, metric)
+        if curves:
+            found[label] = replace(cell, speedups=_speedups(curves, reference, cell, cells[baseline]))
+    return found
+
+
+def _curves(cell: Cell, metric: str) -> dict[int, dict[int, float]]:
+    """By seed, larger being better; {} where a point of a curve is not finite."""
+    sign = -1.0 if metric.endswith(_SMALLER_IS_BETTER) else 1.0
+    curves = {
+        seed: {epoch: sign * value for epoch, value in run.curve(metric).items()} for seed, run in cell.runs.items()
+    }
+    finite = all(math.isfinite(value) for curve in curves.values() for value in curve.values())
+    return curves if finite else {}
+
+
+def _speedups(curves: dict, reference: dict, cell: Cell, baseline: Cell) -> Speedups:
+    seconds, its_seconds = _over_seconds(curves, cell), _over_seconds(reference, baseline)
+    known = seconds is not None and its_seconds is not None
+    return Speedups(speedup(reference, curves), speedup(its_seconds, seconds) if known else None)
+
+
+def _over_seconds(curves: dict, cell: Cell) -> dict[int, dict[float, float]] | None:
+    found = {
+        seed: over_seconds(curve, cell.runs[seed].curve(_SECONDS), cell.runs[seed].config.get("eval_every", 1))
+        for seed, curve in curves.items()
+    }
+    return None if None in found.values() else found
 
 
 def with_holm(rows: list[Row]) -> tuple[list[Row], int]:

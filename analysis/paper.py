@@ -20,9 +20,10 @@ from analysis.cache import Cache
 from analysis.comparison import Cell, Difference, Row, cell_of, mixed_origins, with_differences, with_holm
 from analysis.load import Run, experiments_in, load_runs
 from analysis.paper_runs import Cohort, Members, cohorts, members_of, missing, missing_sentence, mixed_settings
-from analysis.statistics import Summary, summarise
+from analysis.statistics import PublishedDifference, Summary, against_published, summarise, wilcoxon_p
 
 BASELINE = "baseline"
+MARGIN = 0.5  # percentage points within which two means count as the same; see against_published
 RUNTIME = "runtime"
 AVERAGE = "average"
 _HERE = Path(__file__).parent
@@ -55,6 +56,7 @@ class PaperCell:
     published: Published | None
     cell: Cell | None = None  # the runs themselves; None for an average and for what is not ours to run
     quartiles: tuple[float, float] | None = None  # of run times, whose "mean" is a median
+    against: PublishedDifference | None = None  # ours against the published number; None without two runs of ours
 
     @property
     def difference(self) -> float | None:
@@ -138,7 +140,7 @@ def build_paper_table(name: str, load: Callable[[str], Sequence[Run]]) -> PaperT
     names = layout()["names"] | spec.get("names", {})
     digits = spec.get("digits", _DIGITS)
     rows = tuple(
-        PaperRow(words, tuple(_beside(key, cells.get(key), plan["set"]) for key in row))
+        PaperRow(words, tuple(_beside(key, cells.get(key), spec, plan["set"]) for key in row))
         for words, row in zip(_words(plan, spec, names), keys, strict=True)
     )
     average = _average(rows, plan["set"], digits) if plan.get("average") else None
@@ -221,8 +223,16 @@ def _compared(cells: dict[Key, Cell]) -> tuple[dict[Key, Cell], int]:
     return cells | compared, count
 
 
-def _beside(key: Key, cell: Cell | None, of: str) -> PaperCell:
-    return PaperCell(key, None if cell is None else cell.summary, published_number(of, key), cell)
+def _beside(key: Key, cell: Cell | None, spec: dict, of: str) -> PaperCell:
+    number = published_number(of, key)
+    ours = None if cell is None else cell.summary
+    if number is None or ours is None or ours.n < 2:
+        return PaperCell(key, ours, number, cell)
+    theirs = (number.mean,) if number.std is None else (number.mean, number.std, spec["seeds"])
+    margin = spec.get("scale", 1.0) * MARGIN
+    return PaperCell(
+        key, ours, number, cell, against=against_published([*cell.values.values()], *theirs, margin=margin)
+    )
 
 
 def published_number(of: str, key: Key) -> Published | None:
@@ -290,10 +300,21 @@ def _remarks(rows: Sequence[PaperRow], names: dict[str, str], digits: int) -> tu
     for cell in (cell for row in rows for cell in row.cells):
         columns.setdefault((cell.key.arm, cell.key.quantity), []).append(cell)
     return tuple(
-        _count_sentence(column, columns[BASELINE, quantity], names, digits)
+        f"{_count_sentence(column, columns[BASELINE, quantity], names, digits)} {_wilcoxon_sentence(column)}".strip()
         for (arm, quantity), column in columns.items()
         if arm != BASELINE and (BASELINE, quantity) in columns
     )
+
+
+def _wilcoxon_sentence(column: Sequence[PaperCell]) -> str:
+    """A test over the rows, each of which counts once, whatever its seeds."""
+    paired = [cell.paired.paired.mean for cell in column if cell.paired is not None]
+    differences = [mean for mean in paired if mean is not None]
+    p = wilcoxon_p(differences) if differences else None
+    if p is None:
+        return ""
+    shown = "<0.001" if p < 0.001 else f"{p:.3g}"
+    return f"Wilcoxon's signed-rank test over the paired differences of {len(differences)} rows: p {shown}."
 
 
 def _count_sentence(

@@ -13,11 +13,22 @@ from tabulate import tabulate
 
 from analysis.paper import BASELINE, PaperCell, PaperRow, PaperTable
 from analysis.paper_runtime import clock
-from analysis.rendering import DIFFERENCE_FIELDS, NONE, latex_escape, plain_difference, readable_difference, readable_p
-from analysis.statistics import summarise
+from analysis.rendering import (
+    DETECTABLE,
+    DIFFERENCE_FIELDS,
+    NONE,
+    latex_escape,
+    plain_difference,
+    readable_detectable,
+    readable_difference,
+    readable_p,
+    readable_signed,
+)
+from analysis.statistics import PublishedDifference, summarise
 
 _LINE = ("table", "row", "column", "subject", "arm", "quantity", "n", "mean", "std", "seeds", "values", "runs")
 _PUBLISHED = ("published_mean", "published_std", "difference")
+_AGAINST = ("low", "high", "p_equivalence", "margin", "published_exact")
 
 
 def render_paper(tables: Sequence[PaperTable], form: str) -> str:
@@ -46,7 +57,7 @@ def comparison_caption(table: PaperTable) -> str:
     return (
         f"Δ: the method minus {table.names[BASELINE]}, ours, paired by seed, [95 % t-interval] (number of pairs). p: "
         f"paired t-test / exact sign-flip permutation test / paired t-test with Holm's adjustment over this table's "
-        f"{table.comparisons} comparisons."
+        f"{table.comparisons} comparisons. {DETECTABLE}"
     )
 
 
@@ -95,7 +106,7 @@ def _signed(cell: PaperCell, digits: int) -> str:
 
 
 def comparison_rows(table: PaperTable) -> list[list[str]]:
-    """[subject, method, quantity, difference, p] of every comparison that has a pair."""
+    """[subject, method, quantity, difference, p, detectable] of every comparison that has a pair."""
     return [
         [
             cell.key.subject,
@@ -103,6 +114,7 @@ def comparison_rows(table: PaperTable) -> list[list[str]]:
             table.names[cell.key.quantity],
             readable_difference(cell.paired, f"test/{cell.key.quantity}"),
             readable_p(cell.paired),
+            readable_detectable(cell.paired, f"test/{cell.key.quantity}"),
         ]
         for row in table.rows
         for cell in row.cells
@@ -110,7 +122,44 @@ def comparison_rows(table: PaperTable) -> list[list[str]]:
     ]
 
 
-_COMPARISON_HEAD = ["", "method", "measured", "Δ", "p"]
+def published_rows(table: PaperTable) -> list[list[str]]:
+    """[subject, method, quantity, ours minus published, equivalence] of cells with two runs or more."""
+    return [
+        [
+            cell.key.subject,
+            table.names[cell.key.arm],
+            table.names[cell.key.quantity],
+            _readable_against(cell.against, f"test/{cell.key.quantity}"),
+            NONE if cell.against.p_equivalence is None else f"{cell.against.p_equivalence:.3g}",
+        ]
+        for row in table.rows
+        for cell in row.cells
+        if cell.against is not None
+    ]
+
+
+def _readable_against(found: PublishedDifference, metric: str) -> str:
+    low, high = readable_signed(found.low, metric), readable_signed(found.high, metric)
+    return f"{readable_signed(found.difference, metric)} [{low}, {high}] ({found.n})"
+
+
+def published_caption(table: PaperTable) -> str:
+    """What the comparison with the published numbers is."""
+    found = [cell.against for row in table.rows for cell in row.cells if cell.against is not None]
+    exact = any(one.published_exact for one in found)
+    return (
+        "Ours minus published, [95 % interval by Welch] (runs of ours). p of equivalence: two one-sided t-tests; below "
+        f"0.05 the two means are the same to ±{found[0].margin:g}."
+        + (
+            " Where the paper prints no spread its number counts as exact, and the interval is too narrow."
+            if exact
+            else ""
+        )
+    )
+
+
+_COMPARISON_HEAD = ["", "method", "measured", "Δ", "p", "min Δ"]
+_PUBLISHED_HEAD = ["", "method", "measured", "ours − published", "p of equivalence"]
 
 
 # -- formats --------------------------------------------------------------------------------------
@@ -122,6 +171,9 @@ def to_markdown(table: PaperTable) -> str:
     compared = comparison_rows(table)
     if compared:
         parts += [comparison_caption(table), _pipes(compared, _COMPARISON_HEAD)]
+    against = published_rows(table)
+    if against:
+        parts += [published_caption(table), _pipes(against, _PUBLISHED_HEAD)]
     parts += table.remarks
     if table.named:
         parts += [f"Missing or doubtful ({len(table.named)}):", "\n".join(f"- {text}" for text in table.named)]
@@ -135,11 +187,13 @@ def _pipes(rows: list[list[str]], head: list[str]) -> str:
 
 def to_latex(table: PaperTable) -> str:
     """A floating table; needs the packages booktabs and textcomp (part of LaTeX since 2020)."""
-    compared = comparison_rows(table)
-    below = []
+    compared, against, below = comparison_rows(table), published_rows(table), []
     if compared:
         below += [r"\par\medskip", latex_escape(comparison_caption(table)), r"\par\smallskip"]
         below += _tabular(compared, _COMPARISON_HEAD, 3)
+    if against:
+        below += [r"\par\medskip", latex_escape(published_caption(table)), r"\par\smallskip"]
+        below += _tabular(against, _PUBLISHED_HEAD, 3)
     below += [rf"\par {latex_escape(remark)}" for remark in table.remarks]
     if table.named:
         below += [r"\begin{itemize}", *(rf"\item {latex_escape(text)}" for text in table.named), r"\end{itemize}"]
@@ -188,13 +242,15 @@ def _plain_cell(column: str, cell: PaperCell) -> dict[str, Any]:
         "published": None if cell.published is None else asdict(cell.published),
         "difference": cell.difference,
         "paired": None if cell.paired is None else plain_difference(cell.paired),
+        "against_published": None if cell.against is None else asdict(cell.against),
     }
 
 
 def to_csv(tables: Sequence[PaperTable]) -> str:
     """One line per cell of all tables; lists are separated by a semicolon; an empty field is undefined."""
     text = io.StringIO()
-    names = [*_LINE, *_PUBLISHED, *(f"paired_{name}" for name in DIFFERENCE_FIELDS)]
+    names = [*_LINE, *_PUBLISHED, *(f"against_{name}" for name in _AGAINST)]
+    names += [*(f"paired_{name}" for name in DIFFERENCE_FIELDS)]
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
     writer.writeheader()
     for table in tables:
@@ -206,8 +262,10 @@ def to_csv(tables: Sequence[PaperTable]) -> str:
 def _csv_lines(table: PaperTable, row: PaperRow) -> Iterator[dict[str, Any]]:
     for content in _plain_row(table, row)["cells"]:
         published, paired = content.pop("published") or {}, content.pop("paired") or {}
+        against = content.pop("against_published") or {}
         content.pop("quartiles", None)
         line = {key: ";".join(map(str, value)) if isinstance(value, list) else value for key, value in content.items()}
         line |= {"table": table.name, "row": " ".join(filter(None, row.words))}
         line |= {f"published_{key}": value for key, value in published.items()}
+        line |= {f"against_{key}": against[key] for key in _AGAINST if key in against}
         yield line | {f"paired_{key}": paired[key] for key in DIFFERENCE_FIELDS if key in paired}

@@ -84,6 +84,7 @@ def members_of(found: Sequence[Cohort], runs: Sequence[Run], named: list[str]) -
         named: gets a sentence for every run that might belong but is not the paper's, and all problems of the others.
     """
     members = {(cohort.subject, cohort.arm): Members() for cohort in found}
+    silent: dict[tuple[str, ...], list[str]] = {}
     for run in runs:
         if run.config is None:
             named += [problem.text for problem in run.problems]
@@ -99,7 +100,18 @@ def members_of(found: Sequence[Cohort], runs: Sequence[Run], named: list[str]) -
             own = members[fitting[0].subject, fitting[0].arm]
             own.runs.append(run)
             own.settings[run.folder] = flat
+            unsaid = tuple(key for key in fitting[0].recipe if key not in flat and not key.startswith("start."))
+            silent.setdefault(unsaid, []).append(str(run.folder))
+    named += [_silent_sentence(unsaid, folders) for unsaid, folders in silent.items() if unsaid]
     return {cohort: members[cohort.subject, cohort.arm] for cohort in found}
+
+
+def _silent_sentence(unsaid: Sequence[str], folders: Sequence[str]) -> str:
+    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+    return (
+        f"{folders[0]}{more}: config.yaml does not say {', '.join(unsaid)}, which are taken to be the paper's; "
+        "see that they were."
+    )
 
 
 def described(folder: Path, config: dict[str, Any], starts: int = _STARTS) -> dict[str, Any]:
@@ -149,7 +161,8 @@ def _fault(alike: Sequence[Cohort], fitting: Sequence[Cohort], flat: dict[str, A
     if not fitting:
         return None
     (first, *_) = fitting
-    wrong = _differing(first.identity | first.recipe, flat)
+    known = {key: value for key, value in first.recipe.items() if key in flat or key.startswith("start.")}
+    wrong = _differing(first.identity | known, flat)
     unread = next((prefix for prefix in map(_phase, wrong) if f"{prefix}method.name" not in flat), None)
     if unread is not None:
         origin = f"{unread.removesuffix('start.')}start_from"

@@ -13,6 +13,7 @@ from tabulate import tabulate
 
 from analysis.comparison import Cell, Difference, Row, Table
 from analysis.grouping import plain
+from analysis.speedup import Speedup
 
 NONE = "–"
 _LATEX = {
@@ -22,7 +23,11 @@ _LATEX = {
     "±": r"$\pm$", "−": r"$-$", "Δ": r"$\Delta$", "–": r"\textendash{}", "\n": " ",
 }  # fmt: skip
 _CELL_FIELDS = ("method", "n", "mean", "std", "seeds", "values", "runs")
-DIFFERENCE_FIELDS = ("n", "mean", "low", "high", "p_t", "p_permutation", "p_holm", "p_holm_permutation")
+DIFFERENCE_FIELDS = ("n", "mean", "low", "high", "p_t", "p_permutation", "p_holm", "p_holm_permutation", "detectable")
+DETECTABLE = (
+    "min Δ: the smallest true difference that a t-test of so many pairs with this spread finds in 80 % of all cases."
+)
+_SPEEDUP_FIELDS = ("n", "censored", "target", "budget", "value", "bound", "low", "high")
 
 
 def render(tables: Sequence[Table], form: str) -> str:
@@ -56,7 +61,17 @@ def _comparison_caption(table: Table) -> str:
     return (
         f" Δ: method minus {table.baseline}, paired by seed, [95 % t-interval] (number of pairs). p: paired t-test / "
         f"exact sign-flip permutation test / paired t-test with Holm's adjustment over this table's "
-        f"{table.comparisons} comparisons."
+        f"{table.comparisons} comparisons. {DETECTABLE}{_speedup_caption(table)}"
+    )
+
+
+def _speedup_caption(table: Table) -> str:
+    if not table.has_speedups:
+        return ""
+    return (
+        f" Speed-up: epochs (or seconds, evaluation included) of {table.baseline} over the median of a method's epochs "
+        f"to {table.baseline}'s mean final value, [95 % bootstrap interval over seeds] (runs; of which so many never "
+        f"reach it). That of {table.baseline} against itself is above 1 where a noisy curve crosses its own end early."
     )
 
 
@@ -66,7 +81,9 @@ def header(table: Table) -> list[str]:
     for label in table.methods:
         names.append(label)
         if _compared(table, label):
-            names += [f"Δ {label}", f"p {label}"]
+            names += [f"Δ {label}", f"p {label}", f"min Δ {label}"]
+        if table.has_speedups:
+            names += [f"speed-up {label} (epochs)", f"speed-up {label} (seconds)"]
     return names
 
 
@@ -78,6 +95,12 @@ def readable_row(table: Table, row: Row) -> list[str]:
         words.append(readable_cell(cell, table.metric))
         if _compared(table, label):
             words += [readable_difference(cell.difference, table.metric), readable_p(cell.difference)]
+            words.append(readable_detectable(cell.difference, table.metric))
+        if table.has_speedups:
+            speedups = cell.speedups
+            words += [
+                readable_speedup(found) for found in (speedups and speedups.epochs, speedups and speedups.seconds)
+            ]
     return words
 
 
@@ -108,6 +131,22 @@ def readable_p(difference: Difference) -> str:
     """``0.0128 / 0.0625 / 0.0255``: t, permutation, Holm."""
     numbers = (difference.paired.p_t, difference.paired.p_permutation, difference.p_holm)
     return " / ".join(NONE if p is None else "<0.001" if p < 0.001 else f"{p:.3g}" for p in numbers)
+
+
+def readable_speedup(found: Speedup | None) -> str:
+    """``1.85 [1.60, 2.10] (5)``; ``< 1.20 (5; 3 never)`` where half of the runs or more never arrive."""
+    if found is None:
+        return NONE
+    value = f"< {found.bound:.2f}" if found.value is None else f"{found.value:.2f}"
+    low = "0" if found.low is None else f"{found.low:.2f}"
+    interval = "" if found.high is None else f" [{low}, {found.high:.2f}]"
+    never = f"; {found.censored} never" if found.censored else ""
+    return f"{value}{interval} ({found.n}{never})"
+
+
+def readable_detectable(difference: Difference, metric: str) -> str:
+    """``0.31``."""
+    return NONE if difference.detectable is None else readable_number(difference.detectable, metric)
 
 
 def readable_number(value: float, metric: str) -> str:
@@ -185,13 +224,16 @@ def _plain_cell(label: str, cell: Cell) -> dict[str, Any]:
         "values": list(cell.values.values()),
         "runs": [str(run.folder) for run in cell.runs.values()],
         "difference": None if cell.difference is None else plain_difference(cell.difference),
+        "speedup": None if cell.speedups is None else asdict(cell.speedups),
     }
 
 
 def plain_difference(difference: Difference) -> dict[str, Any]:
     """A difference as a dictionary of full-precision numbers."""
-    adjusted = {"p_holm": difference.p_holm, "p_holm_permutation": difference.p_holm_permutation}
-    return {**asdict(difference.paired), **adjusted, "seeds": list(difference.seeds)}
+    more = ("p_holm", "p_holm_permutation", "detectable")
+    return (
+        asdict(difference.paired) | {key: getattr(difference, key) for key in more} | {"seeds": list(difference.seeds)}
+    )
 
 
 def to_csv(tables: Sequence[Table]) -> str:
@@ -199,6 +241,8 @@ def to_csv(tables: Sequence[Table]) -> str:
     axes = list(dict.fromkeys(axis for table in tables for axis in table.axes))
     differences = [f"difference_{name}" for name in DIFFERENCE_FIELDS]
     names = ["experiment", "metric", "epoch", *axes, *_CELL_FIELDS, "baseline", *differences]
+    if any(table.has_speedups for table in tables):
+        names += [f"speedup_{unit}_{name}" for unit in ("epochs", "seconds") for name in _SPEEDUP_FIELDS]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
     writer.writeheader()
@@ -210,9 +254,11 @@ def to_csv(tables: Sequence[Table]) -> str:
 
 def _csv_line(table: Table, row: Row, label: str, cell: Cell) -> dict[str, Any]:
     content = _plain_cell(label, cell)
-    difference = content.pop("difference") or {}
+    difference, speedups = content.pop("difference") or {}, content.pop("speedup") or {}
     line = {key: ";".join(map(str, value)) if isinstance(value, list) else value for key, value in content.items()}
     line |= {"experiment": table.experiment, "metric": table.metric, "epoch": "best" if table.best else "final"}
     line |= {name: plain(value) for name, value in row.settings.items()}
     line |= {f"difference_{key}": difference[key] for key in DIFFERENCE_FIELDS if key in difference}
+    for unit, found in speedups.items():
+        line |= {f"speedup_{unit}_{key}": found[key] for key in _SPEEDUP_FIELDS} if found else {}
     return line | {"baseline": table.baseline}

@@ -53,7 +53,8 @@ def _run(options: argparse.Namespace) -> int:
     else:
         best = options.best or options.metric == "best"
         metric = None if options.metric == "best" else options.metric
-        tables = tables_of(options.runs, options.experiment, metric, options.baseline, best, chosen_cache(options))
+        runs = load_runs(options.runs, options.experiment, chosen_cache(options))
+        tables = tables_from(runs, metric, options.baseline, best, options.speedup)
         _write(tables, [_experiment_name(table) for table in tables], render, options)
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
 
@@ -66,7 +67,7 @@ def _paper_tables(options: argparse.Namespace) -> list[PaperTable]:
 
 
 def _refuse_contradictions(options: argparse.Namespace) -> None:
-    for flag in ("experiment", "metric", "baseline", "best"):
+    for flag in ("experiment", "metric", "baseline", "best", "speedup"):
         if options.table is not None and getattr(options, flag):
             raise InputError(f"--table decides the {flag} itself, got --{flag} too; leave out one of the two.")
     if options.runtime is not None and options.table not in (RUNTIME, "all"):
@@ -82,6 +83,9 @@ def _parser() -> Parser:
     parser.add_argument("--metric", help="TensorBoard tag (default: the one its runs are known by), or best")
     parser.add_argument("--baseline", help="method that the others are compared with (default: vanilla)")
     parser.add_argument("--best", action="store_true", help="each run's best epoch, which selects on the test set")
+    parser.add_argument(
+        "--speedup", action="store_true", help="also how much earlier the baseline's final value is reached"
+    )
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write a file per table into this folder instead of printing")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
@@ -106,13 +110,17 @@ def tables_of(
 
 
 def tables_from(
-    runs: dict[str, list[Run]], metric: str | None = None, baseline: str | None = None, best: bool = False
+    runs: dict[str, list[Run]],
+    metric: str | None = None,
+    baseline: str | None = None,
+    best: bool = False,
+    speedups: bool = False,
 ) -> list[Table]:
     """As :func:`tables_of`, of runs that are loaded already."""
     if metric is not None:
         _require_metric([run for group in runs.values() for run in group], metric)
     tables = [
-        build_table(name, group, metric or headline_of(group), baseline or "vanilla", best)
+        build_table(name, group, metric or headline_of(group), baseline or "vanilla", best, speedups)
         for name, group in runs.items()
     ]
     if baseline is not None and all(table.baseline is None for table in tables):

@@ -293,6 +293,19 @@ def test_a_run_of_another_recipe_is_left_out_and_says_by_what(one, capsys, words
     assert words in sentence
 
 
+def test_what_a_configuration_does_not_say_is_a_doubt_and_no_other_recipe(tmp_path, capsys):
+    for seed in (0, 1):
+        config = _zoo(seed=seed)
+        del config["batch_size"], config["optim"]["momentum"]
+        folder = write_final(tmp_path, config, {"test/top1": 60.0, "test/top5": 80.0})
+    table = _table(capsys, "6", tmp_path)
+    assert _rows(table)["VGG-11",][0]["seeds"] == [0, 1]
+    (sentence,) = [line for line in table["named"] if "does not say" in line]
+    assert "batch_size, optim.momentum, which are taken to be the paper's" in sentence
+    assert str(folder.parent) in sentence
+    assert "and 1 more" in sentence
+
+
 @pytest.mark.parametrize(
     "choices", [{"method": "tract", "method__lambda_": 0.2}, {"epochs": 100}, {"model": "resnet_small"}]
 )
@@ -398,6 +411,34 @@ def test_differences_are_scipys_and_holm_is_over_the_table(zoo, capsys):
             found.append(own["p_holm"])
             p.append(oracle.pvalue)
     assert found == pytest.approx(multipletests(p, method="holm")[1], rel=1e-9)
+
+
+def test_ours_and_published_are_compared_by_welch_and_two_one_sided_tests(zoo, capsys):
+    rows = _rows(_table(capsys, "6", zoo))
+    for subject in ZOO:
+        for cell in rows[subject,]:
+            truth = _truth(subject, cell["arm"], cell["quantity"])
+            published = (cell["published"]["mean"], cell["published"]["std"], 5)
+            own, moments = cell["against_published"], (truth.mean(), truth.std(ddof=1), 5)
+            oracle = stats.ttest_ind_from_stats(*moments, *published, equal_var=False)
+            error = oracle.statistic and own["difference"] / oracle.statistic
+            degrees = error**4 / sum((s**2 / 5) ** 2 / 4 for s in (moments[1], published[1]))
+            half = stats.t.ppf(0.975, degrees) * error
+            assert (own["low"], own["high"]) == pytest.approx((own["difference"] - half, own["difference"] + half))
+            sides = [
+                stats.ttest_ind_from_stats(moments[0] + sign * 0.5, *moments[1:], *published, False, way).pvalue
+                for sign, way in ((1, "greater"), (-1, "less"))
+            ]
+            assert own["p_equivalence"] == pytest.approx(max(sides), rel=1e-6)
+            assert (own["margin"], own["published_exact"]) == (0.5, False)
+
+
+def test_wilcoxon_counts_each_network_once(zoo, capsys):
+    table = _table(capsys, "6", zoo)
+    for quantity, words in (("top1", "top-1"), ("top5", "top-5")):
+        differences = [(_truth(s, "tract", quantity) - _truth(s, "baseline", quantity)).mean() for s in ZOO]
+        (remark,) = [text for text in table["remarks"] if f"in {words} on" in text]
+        assert f"of {len(ZOO)} rows: p {stats.wilcoxon(differences).pvalue:.3g}." in remark
 
 
 def test_averages_and_counts_are_those_of_the_printed_numbers(zoo, capsys, monkeypatch):

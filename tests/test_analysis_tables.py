@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+from torch.utils.tensorboard import SummaryWriter
 
 from analysis import figures, tables
 from analysis.grouping import method_labels, settings, short_names, varying_keys
@@ -118,6 +120,46 @@ def test_every_difference_is_scipys_and_holm_is_over_the_whole_table(whole, caps
     assert [d["p_holm"] for d in found] == pytest.approx(multipletests(p_t, method="holm")[1], rel=1e-9)
     holm = multipletests(p_permutation, method="holm")[1]
     assert [d["p_holm_permutation"] for d in found] == pytest.approx(holm)
+
+
+def test_what_can_be_detected_is_what_statsmodels_needs_so_many_pairs_for(whole, capsys):
+    _, (table,) = _json(capsys, "--runs", whole)
+    row = table["rows"][0]
+    for label in list(METHODS)[1:]:
+        a, b = (_truth("big", 5, name, lambda c: c[-1]) for name in (label, "vanilla"))
+        effect = _cells(row)[label]["difference"]["detectable"] / (a - b).std(ddof=1)
+        assert TTestPower().power(effect, nobs=4, alpha=0.05) == pytest.approx(0.8, abs=1e-6)
+
+
+def test_speedups_are_those_of_straight_lines(tmp_path, capsys):
+    """The baseline ends at 60 after 10 epochs of 2 s; TrAct is there after 4 of 3 s, but for one run that never is."""
+    slopes = {"vanilla": [4.0, 4.0, 4.0], "tract": [10.0, 10.0, 0.1]}
+    for method, seconds in (("vanilla", 2.0), ("tract", 3.0)):
+        for seed, slope in enumerate(slopes[method]):
+            folder = write_run(tmp_path, configuration(seed, method, 10), [20 + slope * e for e in range(1, 11)])
+            with SummaryWriter(str(folder)) as writer:
+                for epoch in range(1, 11):
+                    writer.add_scalar("time/epoch_seconds", seconds, epoch)
+    _, (table,) = _json(capsys, "--runs", tmp_path, "--speedup")
+    own, base = (_cells(table["rows"][0])[method]["speedup"] for method in ("tract", "vanilla"))
+    assert (own["epochs"]["value"], own["seconds"]["value"]) == pytest.approx((10 / 4, 20 / 12))
+    assert (own["epochs"]["n"], own["epochs"]["censored"]) == (3, 1)
+    assert own["epochs"]["times"] == {"0": pytest.approx(4), "1": pytest.approx(4), "2": None}
+    assert base["epochs"]["value"] == pytest.approx(1)
+    assert tables.main(["--runs", str(tmp_path), "--speedup"]) == 0
+    text = capsys.readouterr().out
+    assert "| 2.50 [0, 2.50] (3; 1 never)" in text
+    assert "| 1.67 [0, 1.67] (3; 1 never) |" in text
+    assert tables.main(["--runs", str(tmp_path), "--speedup", "--format", "csv"]) == 0
+    (line,) = [row for row in csv.DictReader(io.StringIO(capsys.readouterr().out)) if row["method"] == "tract"]
+    assert float(line["speedup_seconds_value"]) == own["seconds"]["value"]
+
+
+def test_without_complete_times_there_is_no_speedup_in_seconds(runs, capsys):
+    _, (table,) = _json(capsys, "--runs", runs, "--speedup")
+    found = _cells(table["rows"][0])["tract"]["speedup"]
+    assert found["seconds"] is None
+    assert found["epochs"]["n"] == 3
 
 
 def test_without_a_metric_each_experiment_shows_what_its_runs_are_known_by(tmp_path, capsys):
