@@ -30,6 +30,7 @@ from pathlib import Path
 from analysis.cache import Cache
 from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Table, build_table
+from analysis.explain import explain, find, numbers_of
 from analysis.load import InputError, Run, load_runs, nearest
 from analysis.paper import RUNTIME, PaperTable, build_paper_table, runs_of, table_names
 from analysis.paper_rendering import render_paper
@@ -49,12 +50,17 @@ def _run(options: argparse.Namespace) -> int:
     _refuse_contradictions(options)
     if options.table is not None:
         tables = _paper_tables(options)
-        _write(tables, [table.name.replace(" ", "-") for table in tables], render_paper, options)
     else:
         best = options.best or options.metric == "best"
         metric = None if options.metric == "best" else options.metric
         runs = load_runs(options.runs, options.experiment, chosen_cache(options))
         tables = tables_from(runs, metric, options.baseline, best, options.speedup)
+    if options.explain is not None:
+        print(explain(find(numbers_of(tables), options.explain)), end="")
+        return 0
+    if options.table is not None:
+        _write(tables, [table.name.replace(" ", "-") for table in tables], render_paper, options)
+    else:
         _write(tables, [_experiment_name(table) for table in tables], render, options)
     return EXIT_NAMED if options.strict and any(table.named for table in tables) else 0
 
@@ -88,6 +94,11 @@ def _parser() -> Parser:
     )
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
     parser.add_argument("--out", type=Path, help="write a file per table into this folder instead of printing")
+    parser.add_argument(
+        "--explain",
+        metavar="CELL",
+        help="the runs behind one cell, named by its row and column, such as 'VGG-11 / TrAct', and how to make them",
+    )
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
     add_cache_flags(parser)
     return parser
