@@ -17,6 +17,7 @@ from statsmodels.stats.power import TTestPower
 from torch.utils.tensorboard import SummaryWriter
 
 from analysis import figures, tables
+from analysis.drawing import curve_of
 from analysis.grouping import method_labels, settings, short_names, varying_keys
 from analysis.rendering import latex_escape
 from tests.run_folders import ATTEMPT, configuration, curve, event_file, record_offsets, write_run
@@ -459,7 +460,7 @@ def test_a_figure_has_a_panel_per_row_and_lines_of_the_loaded_means(whole):
             truth = np.array([curve(seed, label, epochs, level) for seed in SEEDS], dtype=np.float32).astype(float)
             assert line.get_xdata().tolist() == list(range(1, epochs + 1))
             assert line.get_ydata() == pytest.approx(truth.mean(axis=0), rel=1e-12)
-            own = figures.curve_of(row.cells[label], "test/top1")
+            own = curve_of(row.cells[label], "test/top1")
             assert own.stds == pytest.approx(truth.std(axis=0, ddof=1), rel=1e-9)
         assert [text.get_text() for text in axes.get_legend().get_texts()] == [f"{label} (n = 4)" for label in METHODS]
 
@@ -471,7 +472,7 @@ def test_a_mean_curve_has_only_the_epochs_that_all_runs_have(tmp_path):
     content, offsets = path.read_bytes(), record_offsets(path)
     path.write_bytes(content[: offsets[23]] + content[offsets[24] :])  # without test/top1 of epoch 2
     (table,) = tables.tables_of(tmp_path)
-    own = figures.curve_of(table.rows[0].cells["vanilla"], "test/top1")
+    own = curve_of(table.rows[0].cells["vanilla"], "test/top1")
     assert (own.n, own.epochs) == (2, (1, 3, 4, 5))
 
 

@@ -1,0 +1,150 @@
+"""What all figures share: their style, a mean line with its band, and how they are written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.comparison import Cell
+from analysis.load import InputError
+from analysis.statistics import summarise
+
+SUFFIXES = (".png", ".pdf")
+# Okabe and Ito's colours, told apart by colour-blind readers; the baseline is black.
+COLOURS = {
+    "black": "#000000",
+    "vermillion": "#D55E00",
+    "blue": "#0072B2",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "sky": "#56B4E9",
+}
+_DASHES = ("-", "--", ":", "-.")  # a second round of colours gets the next kind of line
+_STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "pdf.fonttype": 42,
+}
+_EARLY = 0.2  # share of the epochs that may lie below the panel, so that the ends can be told apart
+EARLY_NOTE = "the first fifth of the epochs may lie below a panel"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Mean over seeds at each epoch that all n runs have; the spread is 0 for one run."""
+
+    n: int
+    epochs: tuple[int, ...]
+    means: tuple[float, ...]
+    stds: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LineStyle:
+    """How a line looks."""
+
+    colour: str
+    dashes: str = "-"
+    marker: str = "o"
+    width: float = 1.3
+
+
+def nth_style(index: int) -> LineStyle:
+    """One style after the other, different for the first 28."""
+    colours = list(COLOURS.values())
+    return LineStyle(colours[index % len(colours)], _DASHES[index // len(colours) % len(_DASHES)])
+
+
+def in_style() -> AbstractContextManager:
+    """A context in which figures are made and written."""
+    return mpl.rc_context(_STYLE)
+
+
+def curve_of(cell: Cell, metric: str) -> Curve:
+    """A cell's runs as one curve, over the epochs that all of them have."""
+    curves = [run.curve(metric) for run in cell.runs.values()]
+    shared = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
+    points = {epoch: [curve[epoch] for curve in curves] for epoch in shared}
+    summaries = {epoch: summarise(values) for epoch, values in points.items() if all(map(math.isfinite, values))}
+    means = tuple(summary.mean for summary in summaries.values())
+    stds = tuple(summary.std or 0.0 for summary in summaries.values())
+    return Curve(len(curves), tuple(summaries), means, stds)
+
+
+def mean_line(
+    axes: Axes, xs: Sequence[float], means: Sequence[float], stds: Sequence[float], style: LineStyle, **options
+) -> None:
+    """Means as a line, with a band of one std to either side; both are interrupted where one is nan.
+
+    Args:
+        axes: where.
+        xs: ascending.
+        means: one per x.
+        stds: one per x.
+        style: how.
+        options: further ones of ``Axes.plot``, such as ``label`` and ``marker``.
+    """
+    means, stds = np.array(means, dtype=float), np.array(stds, dtype=float)
+    axes.plot(xs, means, style.dashes, color=style.colour, lw=style.width, markersize=3, **options)
+    axes.fill_between(xs, means - stds, means + stds, color=style.colour, alpha=0.2, linewidth=0)
+
+
+def bottom(axes: Axes, curves: Sequence[Curve]) -> float | None:
+    """The lowest point of the bands after the early epochs, with a margin; None leaves the axis."""
+    late = [
+        mean - std
+        for curve in curves
+        for epoch, mean, std in zip(curve.epochs, curve.means, curve.stds, strict=True)
+        if epoch > _EARLY * max(curve.epochs)
+    ]
+    top = axes.get_ylim()[1]
+    return min(late) - 0.25 * (top - min(late)) if late and top > min(late) else None
+
+
+def target_of(out: Path, name: str, figures: int) -> Path:
+    """A figure's path without its suffix.
+
+    Args:
+        out: a folder, or the file of a single figure.
+        name: the figure's in a folder.
+        figures: how many there are.
+
+    Raises:
+        InputError: one file for several figures.
+    """
+    if out.suffix not in SUFFIXES:
+        return out / name
+    if figures > 1:
+        raise InputError(f"expected --out to be a folder for {figures} figures, got {out}; choose one of them.")
+    return out.with_suffix("")
+
+
+def write(figure: Figure, target: Path) -> list[Path]:
+    """Write a figure in both formats; returns the paths.
+
+    Raises:
+        InputError: the place cannot be written to.
+    """
+    paths = [target.with_name(target.name + suffix) for suffix in SUFFIXES]
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with in_style():
+            for path in paths:
+                figure.savefig(path, dpi=200)
+    except OSError as error:
+        raise InputError(f"expected --out to be a place to write to, got {target.parent} ({error.strerror}).") from None
+    return paths
