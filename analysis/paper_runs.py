@@ -7,6 +7,7 @@ is the paper's run if it has also been trained by the paper's recipe.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ _SETTING = {
     "model": "model.name",
     "data": "data.name",
     "method": "method.name",
+    "optim": "optim.name",
     "recipe.pretrain_epochs": "start.epochs",
 }
 _RECOMPRESSED = "imagefolder"
@@ -268,5 +270,6 @@ def command(spec: dict[str, Any], item: Missing) -> str:
     whole = spec.get("whole")
     if whole is not None and set(choices[whole]) == {values[whole] for values in spec["subjects"].values()}:
         del choices[whole]
-    words = [f"{key}={','.join(map(plain, values))}" for key, values in choices.items()]
-    return " ".join([f"python experiments/{spec['experiment']}.py --submit", *words])
+    grid = [f"grid={spec['grid']}"] if "grid" in spec else []
+    words = [shlex.quote(f"{key}={','.join(map(plain, values))}") for key, values in choices.items()]
+    return " ".join([f"python experiments/{spec['experiment']}.py --submit", *grid, *words])
