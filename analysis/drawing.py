@@ -39,8 +39,7 @@ _STYLE = {
     "legend.frameon": False,
     "pdf.fonttype": 42,
 }
-_EARLY = 0.2  # share of the epochs that may lie below the panel, so that the ends can be told apart
-EARLY_NOTE = "the first fifth of the epochs may lie below a panel"
+EARLY = 0.2  # share of the epochs that may lie below the panel, so that the ends can be told apart
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,13 @@ def mean_line(
     axes.fill_between(xs, means - stds, means + stds, color=style.colour, alpha=0.2, linewidth=0)
 
 
-def bottom(axes: Axes, curves: Sequence[Curve]) -> float | None:
-    """The lowest point of the bands after the early epochs, with a margin; None leaves the axis."""
+def bottom(axes: Axes, curves: Sequence[Curve], early: float = EARLY) -> float | None:
+    """The lowest point of the bands after the early share of the epochs, with a margin; None leaves the axis."""
     late = [
         mean - std
         for curve in curves
         for epoch, mean, std in zip(curve.epochs, curve.means, curve.stds, strict=True)
-        if epoch > _EARLY * max(curve.epochs)
+        if epoch > early * max(curve.epochs)
     ]
     top = axes.get_ylim()[1]
     return min(late) - 0.25 * (top - min(late)) if late and top > min(late) else None

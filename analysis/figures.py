@@ -1,9 +1,11 @@
-"""Accuracy curves from run folders.
+"""Accuracy curves, and the figures of the paper, from run folders.
 
     python analysis/figures.py --runs runs --experiment cifar_resnet --out figures
+    python analysis/figures.py --figure 3
 
 One figure per experiment, as PNG and PDF: a panel per row of its table, a line per method (mean
-over seeds) and a band of one sample standard deviation to either side.
+over seeds) and a band of one sample standard deviation to either side. With --figure instead
+the figures 3 to 12 of arXiv 2410.23970, one or all, as far as there are runs of them.
 """
 
 from __future__ import annotations
@@ -26,9 +28,11 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Row, Table
-from analysis.drawing import EARLY_NOTE, bottom, curve_of, in_style, mean_line, nth_style, target_of, write
+from analysis.drawing import EARLY, bottom, curve_of, in_style, mean_line, nth_style, target_of, write
 from analysis.grouping import plain
-from analysis.tables import tables_of
+from analysis.load import InputError
+from analysis.paper_figures import ALL, draw_figure, figure_names, runs_for
+from analysis.tables import EXIT_NAMED, tables_of
 
 _PANEL = (3.6, 2.8)  # inches
 _MOST_COLUMNS = 3
@@ -42,20 +46,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    named = _of_experiments(options) if options.figure is None else _of_the_paper(options)
+    for sentence in named:
+        print(sentence, file=sys.stderr)
+    return EXIT_NAMED if options.strict and named else 0
+
+
+def _of_experiments(options: argparse.Namespace) -> list[str]:
     tables = tables_of(options.runs, options.experiment, cache=chosen_cache(options))
     targets = [target_of(options.out, table.experiment, len(tables)) for table in tables]
     paths = [path for table, target in zip(tables, targets, strict=True) for path in _written(table, target)]
     print("\n".join(map(str, paths)))
-    for sentence in (sentence for table in tables for sentence in table.named):
-        print(sentence, file=sys.stderr)
-    return 0
+    return [sentence for table in tables for sentence in table.named]
+
+
+def _of_the_paper(options: argparse.Namespace) -> list[str]:
+    if options.experiment is not None:
+        raise InputError("expected --experiment or --figure, got both; a figure of the paper has its own experiment.")
+    names = figure_names() if options.figure == ALL else [options.figure]
+    runs = runs_for(names, options.runs)
+    targets = {name: target_of(options.out, f"figure{name}", len(names)) for name in names}
+    named: list[str] = []
+    for name, target in targets.items():
+        figure, sentences = draw_figure(name, runs)
+        named += sentences
+        for path in [] if figure is None else write(figure, target):
+            print(path)
+    return list(dict.fromkeys(named))
 
 
 def _parser() -> Parser:
-    parser = Parser(description="Test accuracy against epoch, as PNG and PDF.")
+    parser = Parser(description="Test accuracy against epoch, or a figure of the paper, as PNG and PDF.")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
+    parser.add_argument("--figure", help=f"one of the paper's, {', '.join(figure_names())} or {ALL}")
     parser.add_argument("--out", type=Path, default=Path("figures"), help="folder or file name (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
     add_cache_flags(parser)
     return parser
 
@@ -81,9 +107,8 @@ def draw(table: Table) -> Figure:
             _panel(axes, table, row)
         for axes in grid.flat[len(rows) :]:
             axes.remove()
-        figure.suptitle(
-            f"{table.experiment}: {table.metric}, mean ± one sample standard deviation; {EARLY_NOTE}", fontsize=9
-        )
+        spread = f"{table.experiment}: {table.metric}, mean ± one sample standard deviation"
+        figure.suptitle(f"{spread}; the first {EARLY:.0%} of the epochs may lie below a panel", fontsize=9)
     return figure
 
 
