@@ -64,7 +64,7 @@ def _of_the_paper(options: argparse.Namespace) -> list[str]:
     if options.experiment is not None:
         raise InputError("expected --experiment or --figure, got both; a figure of the paper has its own experiment.")
     names = figure_names() if options.figure == ALL else [options.figure]
-    runs = runs_for(names, options.runs)
+    runs = runs_for(names, options.runs, chosen_cache(options))
     targets = {name: target_of(options.out, f"figure{name}", len(names)) for name in names}
     named: list[str] = []
     for name, target in targets.items():

@@ -22,6 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from analysis import paper
+from analysis.cache import Cache
 from analysis.comparison import Cell, cell_of, mixed_origins
 from analysis.drawing import COLOURS, Curve, LineStyle, bottom, curve_of, in_style, mean_line
 from analysis.grouping import plain
@@ -114,14 +115,14 @@ def figure_plan(name: str) -> dict[str, Any]:
     return (figure_plan(own["like"]) if "like" in own else {}) | own
 
 
-def runs_for(names: Sequence[str], root: Path) -> dict[str, list[Run]]:
+def runs_for(names: Sequence[str], root: Path, cache: Cache | None = None) -> dict[str, list[Run]]:
     """The runs of the experiments that these figures are drawn from, as far as there are any.
 
     Raises:
         InputError: no such folder, or no such figure.
     """
     wanted = {figure_set(figure_plan(name)["set"])["experiment"] for name in names}
-    return {name: load_runs(root, name)[name] for name in experiments_in(root) if name in wanted}
+    return {name: load_runs(root, name, cache)[name] for name in experiments_in(root) if name in wanted}
 
 
 def _members(set_name: str, runs: Runs, named: list[str]) -> dict[Cohort, Members]:
