@@ -9,8 +9,9 @@ The number of a run is test/map: mAP in percent by the protocol of VOC 2007 (11 
 Cost, estimated from multiply-adds at 40 % of an A100's TF32 peak: 0.4 GPU-hours a run for training, more as steps of
 one image leave a GPU waiting; evaluation adds a third of the images' forward passes per epoch. Not measured on a GPU.
 Published (mAP, 2 seeds): 0.659 ± 0.005, with TrAct 0.671 ± 0.004. How the authors trained beyond "all layers" is
-not published; the recipe here is the Faster R-CNN paper's. On a GPU the gradient of RoIAlign adds up in no fixed
-order, so that a resumed run is the same to rounding only.
+not published; the recipe here is the Faster R-CNN paper's. With runtime.deterministic=true (the default) torchvision
+compiles its RoIAlign on a GPU, to have a gradient that adds up in a fixed order: the node needs a C compiler.
+runtime.deterministic=false takes the faster kernel, and a resumed run is then the same to rounding only.
 """
 
 import sys

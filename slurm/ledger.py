@@ -45,7 +45,7 @@ class Entry:
     folder: Path
     state: str  # one of STATES
     attempts: int = 0
-    progress: dict = field(default_factory=dict)  # progress.json: step, steps, epoch, top1, ...
+    progress: dict = field(default_factory=dict)  # progress.json: step, steps, epoch, headline, score, ...
     result: dict = field(default_factory=dict)
     failure: dict = field(default_factory=dict)  # failure.json: kind, reason, traceback
     claim: dict = field(default_factory=dict)

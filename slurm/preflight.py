@@ -300,3 +300,6 @@ def _check_data(config: Config, say: _Say) -> None:
         if not all((Path(root) / files.base_folder / name).is_file() for name in names):
             build(config.data)
         say(f"{kind} is in {root}")
+    elif kind in ("flowers102", "stanford_cars", "voc2007"):
+        build(config.data)
+        say(f"{kind} is in {root}")

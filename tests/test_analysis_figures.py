@@ -67,7 +67,7 @@ def _run(experiment, point):
     top1 = 70 + 5 * np.sqrt(np.array(evaluated) / epochs) + _random(config | {"runtime": 0}).normal(size=len(evaluated))
     accuracies = dict(zip(evaluated, top1.tolist(), strict=True))
     series = {"test/top1": _series(accuracies), "test/top5": _series({k: v / 2 + 50 for k, v in accuracies.items()})}
-    return Run(folder, experiment, config, {}, Status.finished, EventLog((), series), (ATTEMPT,), ())
+    return Run(folder, experiment, config, {}, None, Status.finished, EventLog((), series), (ATTEMPT,), ())
 
 
 @functools.cache

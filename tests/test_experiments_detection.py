@@ -1,5 +1,10 @@
 """Detection: VOC's average precision, boxes, Faster R-CNN's weights, and whole runs."""
 
+import multiprocessing
+import re
+from fractions import Fraction
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -101,8 +106,9 @@ def literal(results, classes):
                 taken.add(best)
             else:
                 false += 1
-            curve.append((true / positives, true / (true + false)))
-        values.append(sum(max([p for r, p in curve if r >= t], default=0.0) for t in RECALLS) / 11)
+            curve.append((Fraction(true, positives), true / (true + false)))
+        tenths = [Fraction(n, 10) for n in range(11)]
+        values.append(sum(max([p for r, p in curve if r >= t], default=0.0) for t in tenths) / 11)
     return sum(values) / len(values) if values else float("nan")
 
 
@@ -129,6 +135,11 @@ def test_where_objects_lie_apart_and_none_is_difficult_it_is_cocos_at_eleven_rec
         truth = {"boxes": r.true_boxes, "labels": r.true_labels}
         oracle.update(*([{k: torch.from_numpy(np.asarray(v)) for k, v in part.items()}] for part in (found, truth)))
     assert mean_average_precision(results, 3) == pytest.approx(oracle.compute()["map"].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("found", range(1, 11))
+def test_a_recall_of_exactly_a_tenth_counts(found):
+    assert average_precision(np.full(found, True), 10) == pytest.approx((found + 1) / 11)
 
 
 def test_average_precision_by_hand():
@@ -199,10 +210,42 @@ BAD = {
     "no annotation": ("Annotations/test0001.xml", None, "expected an annotation of VOC in .*test0001.xml, got"),
     "half a file": ("Annotations/test0001.xml", "<annotation><object>", "test0001.xml, got: no element found"),
     "outside": ("Annotations/test0001.xml", ("<xmin>1<", "<xmin>0<"), r"test0001.xml, got: the box 0 "),
-    "too far": ("Annotations/test0001.xml", ("<width>1", "<width>"), r"test0001.xml, got: the box "),
+    "no picture": ("JPEGImages/test0001.jpg", None, "all 11 listed images in .*, 1 are missing, such as test0001.jpg"),
     "only in test": ("Annotations/test0001.xml", ("light", "odd"), r"got only in test: \['odd'\]"),
     "nothing": ("ImageSets/Main/test.txt", "", "expected images in .*test.txt, got none"),
 }
+
+
+def test_an_object_without_a_side_is_named(tmp_path):
+    path = write_voc(tmp_path, train=2, test=2) / "VOCdevkit" / "VOC2007" / "Annotations" / "test0001.xml"
+    path.write_text(re.sub("<ymax>[0-9]+</ymax>", "", path.read_text()))
+    with pytest.raises(UserError, match=r"test0001.xml, got: an object without ymax; unpack"):
+        voc2007(str(tmp_path), flip=True)
+
+
+def test_a_loader_process_keeps_no_file_open_for_what_it_has_sent(voc):
+    """Each tensor that is sent as it stands would stay in shared memory, with an open file."""
+    data = voc2007(str(voc), flip=True)
+    options = {"seed": 0, "batch_size": 1, "drop_last": False, "overfit": None, "eval_batch_size": 1, "device": CPU}
+    batches = Batches(data, workers=1, ranks=Ranks(), **options)
+    counts = []
+    for epoch in range(3):
+        for _ in batches.train(epoch):
+            (worker,) = multiprocessing.active_children()
+            counts.append(len(list(Path(f"/proc/{worker.pid}/fd").iterdir())))
+    batches.close()
+    assert max(counts[6:]) <= max(counts[:6])
+
+
+def test_a_home_directory_is_found(voc, monkeypatch):
+    monkeypatch.setenv("HOME", str(voc.parent))
+    assert len(voc2007(f"~/{voc.name}", flip=True).train) == 6
+
+
+def test_fewer_images_in_a_batch_than_ranks_are_refused(voc):
+    options = {"seed": 0, "drop_last": False, "overfit": None, "eval_batch_size": 1, "workers": 0, "device": CPU}
+    with pytest.raises(UserError, match="expected batch_size to have an image for each of 2 ranks, got 1"):
+        Batches(voc2007(str(voc), flip=True), batch_size=1, ranks=Ranks(0, 2), **options)
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -294,6 +337,20 @@ def test_the_loss_is_the_networks_on_the_objects_that_count(voc):
     pieces = list(task.split((images, targets), 3))
     assert [len(part[0]) for part in pieces] == [2, 1, 1]
     assert sum((part[1] for part in pieces), []) == targets
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "wanted"),
+    [
+        ("voc2007", "resnet_small", "a detector, such as faster_rcnn_vgg16,"),
+        ("digits", "faster_rcnn_vgg16", "a classifier"),
+    ],
+)
+def test_a_network_of_another_task_is_refused(voc, tmp_path, data, model, wanted):
+    changes = {"data": data, "model": model, "runtime.runs": str(tmp_path), "start_from": None}
+    changes |= {"data.root": str(voc)} if data == "voc2007" else {}
+    with pytest.raises(UserError, match=f"expected model={wanted}.* for data={data}, got {model}"):
+        run(compose_config("detection_voc", changes))
 
 
 @pytest.mark.parametrize("changes", [{"mixup": 0.1}, {"label_smoothing": 0.1}, {"loss": "bce"}], ids=str)

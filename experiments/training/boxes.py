@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from experiments.training.randomness import epoch_draws
 from experiments.training.samples import Request
 
 Target = dict[str, Tensor]
+_ARCHIVES = "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar"
 
 
 @dataclass(frozen=True)
@@ -94,8 +96,9 @@ class BoxSamples(Dataset):
         boxes = own.boxes
         if epoch is not None and self._is_mirrored(epoch, sample, len(split)):
             image, boxes = image.flip(-1), mirrored(boxes, image.shape[-1])
-        target = {"boxes": boxes, "labels": own.labels, "difficult": own.difficult, "image": torch.tensor(number)}
-        return image, target
+        # Copies: what a loader process sends stays in shared memory, with an open file each.
+        target = {"boxes": boxes.clone(), "labels": own.labels.clone(), "difficult": own.difficult.clone()}
+        return image, target | {"image": torch.tensor(number)}
 
     def _is_mirrored(self, epoch: int, sample: int, images: int) -> bool:
         if self._epoch != epoch:
@@ -137,16 +140,18 @@ def voc2007(root: str, flip: bool) -> BoxData:
         flip: mirror half of the training images.
 
     Raises:
-        UserError: not there and not to be downloaded, or annotations that cannot be read.
+        UserError: not there and not to be downloaded, images that are missing, or annotations that cannot be read.
     """
+    root = str(Path(root).expanduser())
     try:
         parts = [_listed(root, name) for name in ("trainval", "test")]
     except (OSError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"expected VOC 2007 in {root} or a way to download it, got: {reason}. Offline: unpack "
-            f"VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar in {root}, or set runtime.data_dir."
+            f"expected VOC 2007 in {root} or a way to download it, got: {reason}. Offline: unpack {_ARCHIVES} in "
+            f"{root}, or set runtime.data_dir."
         ) from None
+    _require_images(root, [name for part in parts for name in part.images])
     found = [[_objects_in(Path(path)) for path in part.annotations] for part in parts]
     classes = sorted({name for image in found[0] for name, _, _ in image})
     unknown = sorted({name for image in found[1] for name, _, _ in image} - set(classes))
@@ -168,21 +173,33 @@ def _listed(root: str, part: str) -> VOCDetection:
     return VOCDetection(root, year="2007", image_set=part, download=not there)
 
 
+def _require_images(root: str, paths: list[str]) -> None:
+    """An unpacking that was cut off leaves lists without pictures."""
+    there = {entry.name for entry in os.scandir(os.path.dirname(paths[0]))} if paths else set()
+    missing = [path for path in paths if os.path.basename(path) not in there]
+    if missing:
+        raise UserError(
+            f"expected all {len(paths)} listed images in {os.path.dirname(paths[0])}, {len(missing)} are missing, such "
+            f"as {os.path.basename(missing[0])}; unpack {_ARCHIVES} in {root} again."
+        )
+
+
 def _objects_in(path: Path) -> list[tuple[str, list[float], bool]]:
     """(class, box, whether difficult) of each object in an annotation; there pixels count from 1."""
     try:
         tree = ElementTree.parse(path)
         found = []
         for node in tree.iter("object"):
-            left, top, right, bottom = (
-                float(node.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")
-            )
+            sides = {key: node.findtext(f"bndbox/{key}") for key in ("xmin", "ymin", "xmax", "ymax")}
+            name, absent = node.findtext("name"), [key for key, value in sides.items() if value is None]
+            if absent or not name:
+                raise ValueError(f"an object without {absent[0] if absent else 'name'}")
+            left, top, right, bottom = map(float, sides.values())
             box = [left - 1, top - 1, right, bottom]
-            width, height = (float(tree.findtext(f"size/{key}")) for key in ("width", "height"))
-            if not (0 <= box[0] < right <= width and 0 <= box[1] < bottom <= height):
+            if not (0 <= box[0] < right and 0 <= box[1] < bottom):
                 raise ValueError(f"the box {left:g} {top:g} {right:g} {bottom:g}")
-            found.append((node.findtext("name").strip(), box, node.findtext("difficult", "0").strip() == "1"))
-    except (OSError, ElementTree.ParseError, ValueError, TypeError, AttributeError) as error:
+            found.append((name.strip(), box, node.findtext("difficult", "0").strip() == "1"))
+    except (OSError, ElementTree.ParseError, ValueError) as error:
         raise UserError(f"expected an annotation of VOC in {path}, got: {error}; unpack the data set again.") from None
     return found
 

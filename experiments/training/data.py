@@ -77,6 +77,8 @@ class Batches:
         last = 0 if drop_last else images % batch_size
         if images < batch_size and drop_last:
             raise UserError(f"expected at least batch_size={batch_size} training images with drop_last, got {images}.")
+        if batch_size < ranks.size:
+            raise UserError(f"expected batch_size to have an image for each of {ranks.size} ranks, got {batch_size}.")
         if 0 < last < ranks.size:
             raise UserError(
                 f"expected an image for each of {ranks.size} ranks in the last batch, got {last}; set drop_last=true."

@@ -23,6 +23,7 @@ class Detection(Task):
 
     headline = "test/map"
     measures = _LOSSES
+    detects = True
 
     def __init__(self, config: Config, data: BoxData):
         self._classes, self._images = len(data.classes), len(data.test)

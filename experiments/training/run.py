@@ -32,6 +32,7 @@ from experiments.training.randomness import seed_torch
 from experiments.training.start import load_start
 from experiments.training.state import newest
 from experiments.training.stop import StopRequest, listening
+from experiments.training.task import Task
 from experiments.training.tasks import task_of
 from tract import NonFiniteError
 from tract.methods.base import Method
@@ -155,7 +156,7 @@ def _train(config: Config, folder: Path, device: torch.device, ranks: Ranks, sto
         ranks=ranks,
         device=device,
     )
-    model, method, applied = _network(config, data, device)
+    model, method, applied = _network(config, task, data, device)
     notes: list[str] = []
     start = _choose_checkpoint(config, folder, ranks, notes.append)
     state = None if start is None else checkpoint.load(start, config_hash(config))
@@ -217,8 +218,9 @@ def _load_data(config: Config, ranks: Ranks) -> Data:
     return loaded[0]
 
 
-def _network(config: Config, data: Data, device: torch.device) -> tuple[nn.Module, Method, str | None]:
+def _network(config: Config, task: Task, data: Data, device: torch.device) -> tuple[nn.Module, Method, str | None]:
     """The model on its device with the method applied, the method, and what it says it did."""
+    task.require_network(config)
     seed_torch(config.seed, "initialisation")
     with _refusal_is_bad_input("model"):
         model = build_model(config.model["name"], len(data.classes), **data.shape, **options_of(config.model))

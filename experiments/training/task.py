@@ -10,9 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from hydra.utils import get_object
 from torch import Tensor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
 
 from experiments.config import Config, Loss
+from experiments.errors import UserError
 from experiments.training.data import Batch, Data
 from experiments.training.evaluate import evaluate
 from experiments.training.losses import binary_cross_entropy, cross_entropy
@@ -28,11 +31,24 @@ class Task(ABC):
 
     Attributes:
         headline: tag of the number that a run is known by.
+        detects: whether its networks find objects, instead of giving one answer for an image.
         measures: what ``train/*`` shows beside the loss, in the order of :meth:`loss`.
     """
 
     headline: str
     measures: tuple[str, ...] = ()
+    detects = False
+
+    def require_network(self, config: Config) -> None:
+        """Refuse a network that cannot be trained for this task.
+
+        Raises:
+            UserError: it gives other answers than the task's.
+        """
+        made_by = get_object(config.model["_target_"])
+        if (isinstance(made_by, type) and issubclass(made_by, GeneralizedRCNN)) != self.detects:
+            wanted = "a detector, such as faster_rcnn_vgg16," if self.detects else "a classifier"
+            raise UserError(f"expected model={wanted} for data={config.data['name']}, got {config.model['name']}.")
 
     def prepared(self, batch: Batch, step: int) -> Batch:
         """The batch that is trained on in optimizer step ``step`` (from 0); the same on every rank but for its data."""
