@@ -38,6 +38,7 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "pdf.fonttype": 42,
+    "text.parse_math": False,  # a name with two dollars is no formula
 }
 EARLY = 0.2  # share of the epochs that may lie below the panel, so that the ends can be told apart
 

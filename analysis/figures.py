@@ -19,6 +19,7 @@ if __package__ in (None, ""):
 import argparse
 import math
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from analysis.tables import EXIT_NAMED, tables_of
 
 _PANEL = (3.6, 2.8)  # inches
 _MOST_COLUMNS = 3
+_LETTERS = 13  # of the title in an inch
 _MOST_INSIDE = 5  # methods in a legend within the panel; more stand beside it
 _MOST_MARKED = 20  # points of a curve that are marked
 
@@ -108,7 +110,8 @@ def draw(table: Table) -> Figure:
         for axes in grid.flat[len(rows) :]:
             axes.remove()
         spread = f"{table.experiment}: {table.metric}, mean ± one sample standard deviation"
-        figure.suptitle(f"{spread}; the first {EARLY:.0%} of the epochs may lie below a panel", fontsize=9)
+        title = f"{spread}; the first {EARLY:.0%} of the epochs may lie below a panel"
+        figure.suptitle(textwrap.fill(title, int(_LETTERS * size[0])), fontsize=9)
     return figure
 
 

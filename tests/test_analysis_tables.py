@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from scipy import stats
@@ -474,6 +475,23 @@ def test_a_mean_curve_has_only_the_epochs_that_all_runs_have(tmp_path):
     (table,) = tables.tables_of(tmp_path)
     own = curve_of(table.rows[0].cells["vanilla"], "test/top1")
     assert (own.n, own.epochs) == (2, (1, 3, 4, 5))
+
+
+def test_a_long_title_stays_within_a_narrow_figure(tmp_path):
+    write_run(tmp_path, configuration(), curve(0, "vanilla"), experiment="a_long_name_for_an_experiment")
+    figure = figures.draw(tables.tables_of(tmp_path)[0])
+    figure.canvas.draw()
+    (box,) = (text.get_window_extent() for text in figure.texts if "a_long_name" in text.get_text())
+    plt.close(figure)
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
+def test_a_name_with_dollars_is_no_formula(tmp_path):
+    write_run(tmp_path, configuration(method={"name": r"a$\frac$"}), curve(0, "vanilla"))
+    figure = figures.draw(tables.tables_of(tmp_path)[0])
+    figure.canvas.draw()
+    plt.close(figure)
+    assert figure.axes[0].get_legend().get_texts()[0].get_text() == r"a$\frac$ (n = 1)"
 
 
 def test_figures_of_nothing_say_so(tmp_path, capsys):
