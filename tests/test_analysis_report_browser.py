@@ -212,6 +212,17 @@ def test_a_run_opened_by_keyboard_shows_its_curves(browser):
     assert f"from {np.float32(truth[0]):.6g} at epoch 1 to {np.float32(truth[-1]):.6g} at epoch 60" in words
 
 
+def test_ticks_are_round_and_within(browser):
+    for low, high in ((0, 1), (1, 2), (-3.7, 18.9), (0.0123, 0.0124), (0, 99_999), (69.7, 95.4)):
+        for least in (0, 1):
+            ticks = np.array(browser.execute_script("return ticksOf(...arguments)", low, high, least))
+            assert low <= min(ticks, default=low) <= max(ticks, default=high) <= high
+            assert least or 3 <= len(ticks) <= 6
+            steps = np.diff(ticks)
+            assert steps == pytest.approx(np.full_like(steps, steps[0] if len(steps) else 0))
+            assert all(f"{step:.1e}"[:3] in ("1.0", "2.0", "5.0") and step >= least * (1 - 1e-9) for step in steps)
+
+
 def test_runs_are_laid_over_each_other_and_told_apart_without_colour(browser):
     _open(browser, "vanilla-s0")
     _open(browser, "tract-s0")

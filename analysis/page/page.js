@@ -186,15 +186,16 @@ function scaleOf(numbers, axis) {
   const margin = axis ? 0.05 * (high - low) : 0;
   [low, high] = [low - margin, high + margin];
   const [from, to] = axis ? [SIZE.height - SIZE.bottom, SIZE.top] : [SIZE.left, SIZE.width - SIZE.right];
-  return { ticks: ticksOf(low, high, 5), at: (value) => from + ((value - low) / (high - low)) * (to - from) };
+  return { ticks: ticksOf(low, high, axis ? 0 : 1), at: (value) => from + ((value - low) / (high - low)) * (to - from) };
 }
 
-function ticksOf(low, high, about) {
-  const rough = (high - low) / about;
+// Three to six round numbers (fewer where `least` is the smallest step between them).
+function ticksOf(low, high, least) {
+  const rough = (high - low) / 5;
   const power = 10 ** Math.floor(Math.log10(rough));
-  const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
+  const step = Math.max(least, power * [1, 2, 5, 10].find((factor) => factor * power >= rough));
   const ticks = [];
-  for (let k = Math.ceil(low / step); k * step <= high && ticks.length < 20; k++) ticks.push(k * step);
+  for (let k = Math.ceil(low / step); k * step <= high; k++) ticks.push(k * step);
   return ticks;
 }
 
@@ -237,7 +238,7 @@ function keyLineOf({ run, index, curve, points }, unit) {
   const finite = curve.points - curve.infinite;
   if (points.length < finite) said.push(`${show(points.length)} of ${show(finite)} points drawn`);
   if (curve.infinite) said.push(`${show(curve.infinite)} not finite, left out`);
-  return make("li", {}, sample, `${run.name} `, make("span", {}, said.join("; ")));
+  return make("li", {}, sample, make("div", {}, `${run.name} `, make("span", {}, said.join("; "))));
 }
 
 function show(value) {
