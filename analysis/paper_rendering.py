@@ -66,10 +66,11 @@ def comparison_caption(table: PaperTable) -> str:
 
 def readable_rows(table: PaperTable) -> list[list[str]]:
     """The rows of the readable formats, rounded, with the average last."""
-    return [[*row.words, *(readable_cell(cell, table.digits) for cell in row.cells)] for row in _all_rows(table)]
+    return [[*row.words, *(readable_cell(cell, table.digits) for cell in row.cells)] for row in all_rows(table)]
 
 
-def _all_rows(table: PaperTable) -> list[PaperRow]:
+def all_rows(table: PaperTable) -> list[PaperRow]:
+    """The rows, with the average last."""
     return [*table.rows, *([] if table.average is None else [table.average])]
 
 
@@ -105,47 +106,60 @@ def _signed(cell: PaperCell, digits: int) -> str:
     return sign + _number(cell, abs(cell.difference), digits)
 
 
+def compared(table: PaperTable) -> list[PaperCell]:
+    """The cells whose difference from the baseline has a pair."""
+    cells = (cell for row in table.rows for cell in row.cells)
+    return [cell for cell in cells if cell.paired is not None and cell.paired.paired.n]
+
+
 def comparison_rows(table: PaperTable) -> list[list[str]]:
     """[subject, method, quantity, difference, p, detectable] of every comparison that has a pair."""
     return [
         [
-            cell.key.subject,
-            table.names[cell.key.arm],
-            table.names[cell.key.quantity],
+            *_words(table, cell),
             readable_difference(cell.paired, f"test/{cell.key.quantity}"),
             readable_p(cell.paired),
             readable_detectable(cell.paired, f"test/{cell.key.quantity}"),
         ]
-        for row in table.rows
-        for cell in row.cells
-        if cell.paired is not None and cell.paired.paired.n
+        for cell in compared(table)
     ]
+
+
+def _words(table: PaperTable, cell: PaperCell) -> list[str]:
+    return [cell.key.subject, table.names[cell.key.arm], table.names[cell.key.quantity]]
+
+
+def with_published(table: PaperTable) -> list[PaperCell]:
+    """The cells of two runs or more that have a published number."""
+    return [cell for row in table.rows for cell in row.cells if cell.against is not None]
 
 
 def published_rows(table: PaperTable) -> list[list[str]]:
     """[subject, method, quantity, ours minus published, equivalence] of cells with two runs or more."""
     return [
         [
-            cell.key.subject,
-            table.names[cell.key.arm],
-            table.names[cell.key.quantity],
-            _readable_against(cell.against, f"test/{cell.key.quantity}"),
-            NONE if cell.against.p_equivalence is None else f"{cell.against.p_equivalence:.3g}",
+            *_words(table, cell),
+            readable_against(cell.against, f"test/{cell.key.quantity}"),
+            readable_equivalence(cell.against),
         ]
-        for row in table.rows
-        for cell in row.cells
-        if cell.against is not None
+        for cell in with_published(table)
     ]
 
 
-def _readable_against(found: PublishedDifference, metric: str) -> str:
+def readable_against(found: PublishedDifference, metric: str) -> str:
+    """``+0.35 [+0.12, +0.58] (5)``."""
     low, high = readable_signed(found.low, metric), readable_signed(found.high, metric)
     return f"{readable_signed(found.difference, metric)} [{low}, {high}] ({found.n})"
 
 
+def readable_equivalence(found: PublishedDifference) -> str:
+    """``0.0031``."""
+    return NONE if found.p_equivalence is None else f"{found.p_equivalence:.3g}"
+
+
 def published_caption(table: PaperTable) -> str:
     """What the comparison with the published numbers is."""
-    found = [cell.against for row in table.rows for cell in row.cells if cell.against is not None]
+    found = [cell.against for cell in with_published(table)]
     exact = any(one.published_exact for one in found)
     return (
         "Ours minus published, [95 % interval by Welch] (runs of ours). p of equivalence: two one-sided t-tests; below "
@@ -158,8 +172,8 @@ def published_caption(table: PaperTable) -> str:
     )
 
 
-_COMPARISON_HEAD = ["", "method", "measured", "Δ", "p", "min Δ"]
-_PUBLISHED_HEAD = ["", "method", "measured", "ours − published", "p of equivalence"]
+COMPARISON_HEAD = ["", "method", "measured", "Δ", "p", "min Δ"]
+PUBLISHED_HEAD = ["", "method", "measured", "ours − published", "p of equivalence"]
 
 
 # -- formats --------------------------------------------------------------------------------------
@@ -168,12 +182,12 @@ _PUBLISHED_HEAD = ["", "method", "measured", "ours − published", "p of equival
 def to_markdown(table: PaperTable) -> str:
     """A caption, a pipe table, the paired differences, and what is missing as a list."""
     parts = [f"**{caption(table)}**", _pipes(readable_rows(table), [*table.axes, *table.columns])]
-    compared = comparison_rows(table)
-    if compared:
-        parts += [comparison_caption(table), _pipes(compared, _COMPARISON_HEAD)]
+    differences = comparison_rows(table)
+    if differences:
+        parts += [comparison_caption(table), _pipes(differences, COMPARISON_HEAD)]
     against = published_rows(table)
     if against:
-        parts += [published_caption(table), _pipes(against, _PUBLISHED_HEAD)]
+        parts += [published_caption(table), _pipes(against, PUBLISHED_HEAD)]
     parts += table.remarks
     if table.named:
         parts += [f"Missing or doubtful ({len(table.named)}):", "\n".join(f"- {text}" for text in table.named)]
@@ -187,13 +201,13 @@ def _pipes(rows: list[list[str]], head: list[str]) -> str:
 
 def to_latex(table: PaperTable) -> str:
     """A floating table; needs the packages booktabs and textcomp (part of LaTeX since 2020)."""
-    compared, against, below = comparison_rows(table), published_rows(table), []
-    if compared:
+    differences, against, below = comparison_rows(table), published_rows(table), []
+    if differences:
         below += [r"\par\medskip", latex_escape(comparison_caption(table)), r"\par\smallskip"]
-        below += _tabular(compared, _COMPARISON_HEAD, 3)
+        below += _tabular(differences, COMPARISON_HEAD, 3)
     if against:
         below += [r"\par\medskip", latex_escape(published_caption(table)), r"\par\smallskip"]
-        below += _tabular(against, _PUBLISHED_HEAD, 3)
+        below += _tabular(against, PUBLISHED_HEAD, 3)
     below += [rf"\par {latex_escape(remark)}" for remark in table.remarks]
     if table.named:
         below += [r"\begin{itemize}", *(rf"\item {latex_escape(text)}" for text in table.named), r"\end{itemize}"]
@@ -254,7 +268,7 @@ def to_csv(tables: Sequence[PaperTable]) -> str:
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
     writer.writeheader()
     for table in tables:
-        for row in _all_rows(table):
+        for row in all_rows(table):
             writer.writerows(_csv_lines(table, row))
     return text.getvalue()
 

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-from analysis.command import Parser, exit_code
+from analysis.cache import Cache
+from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Cell, Row, Table, commit_of, hardware_of, torch_of
 from analysis.costs import Cost, cost_of, device_hours
 from analysis.curves import MOST_POINTS, packed
@@ -33,11 +34,13 @@ from analysis.grouping import method_labels, plain
 from analysis.load import InputError, Problem, Run, Status, load_runs
 from analysis.page.parts import Entry, Grid, Group, Link, Picture, Section, picture
 from analysis.page.render import Head, render_page
+from analysis.paper_sections import paper_sections
 from analysis.rendering import (
     NONE,
     caption,
     header,
     readable_cell,
+    readable_detectable,
     readable_difference,
     readable_number,
     readable_p,
@@ -93,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
-    collection = collect(options.runs, options.experiment)
+    collection = collect(options.runs, options.experiment, chosen_cache(options))
     _require_place(options.out)
     page = render_page(head_of(collection, options.runs), sections(collection), [packed(r) for r in collection.all])
     try:
@@ -109,6 +112,7 @@ def _parser() -> Parser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default: %(default)s)")
+    add_cache_flags(parser)
     return parser
 
 
@@ -126,13 +130,13 @@ def _no_place(out: Path, why: str) -> InputError:
     return InputError(f"expected --out to be a file to write to, got {out} ({why}); choose another.")
 
 
-def collect(root: Path, experiment: str | None = None) -> Collection:
+def collect(root: Path, experiment: str | None = None, cache: Cache | None = None) -> Collection:
     """Load the runs and make their tables.
 
     Raises:
         InputError: no such folder or experiment, or no run in it.
     """
-    runs = load_runs(root, experiment)
+    runs = load_runs(root, experiment, cache)
     folders = [run.folder for group in runs.values() for run in group]
     return Collection(runs, tuple(tables_from(runs)), {folder: number for number, folder in enumerate(folders)})
 
@@ -141,6 +145,7 @@ def sections(collection: Collection) -> list[Section]:
     """What is on the page below its head, in order. Another table or figure is another :class:`Section` here."""
     return [
         *(experiment_section(table, collection.numbers) for table in collection.tables),
+        *paper_sections(collection.runs, collection.numbers),
         runs_section(collection),
         doubts_section(collection),
         cost_section(collection),
@@ -214,6 +219,8 @@ def _entries(table: Table, row: Row, numbers: dict[Path, int]) -> list[Entry]:
             paired, pairs = cell.difference.paired, _pairs(label, table, row, numbers)
             entries.append(Entry(readable_difference(cell.difference, table.metric), paired.mean, pairs))
             entries.append(Entry(readable_p(cell.difference), paired.p_t))
+            detectable = cell.difference.detectable
+            entries.append(Entry(readable_detectable(cell.difference, table.metric), detectable))
     return entries
 
 

@@ -19,8 +19,10 @@ from statsmodels.stats.multitest import multipletests
 
 from analysis import paper, paper_runs, tables
 from analysis.load import load_runs
-from analysis.paper_rendering import readable_cell
+from analysis.paper import build_paper_table
+from analysis.paper_rendering import comparison_rows, published_rows, readable_cell, readable_rows
 from analysis.paper_runs import cohorts, members_of, missing, missing_sentence
+from analysis.paper_sections import paper_sections
 from analysis.statistics import Summary
 from experiments.config import CONF, compose_config, parse_overrides, to_tree
 from experiments.grid import load_grid, plan, points
@@ -431,6 +433,24 @@ def test_ours_and_published_are_compared_by_welch_and_two_one_sided_tests(zoo, c
             ]
             assert own["p_equivalence"] == pytest.approx(max(sides), rel=1e-6)
             assert (own["margin"], own["published_exact"]) == (0.5, False)
+
+
+def test_the_page_shows_the_papers_tables_and_figures_that_have_runs(zoo):
+    runs = load_runs(zoo)
+    numbers = {run.folder: number for number, run in enumerate(runs["cifar100_zoo"])}
+    *found, rest = paper_sections(runs, numbers)
+    assert [section.title for section in found] == ["Paper: table 1", "Paper: table 6", "Paper: table 7"]
+    others = [*(f"Table {number}" for number in range(2, 6)), *(f"Figure {number}" for number in range(3, 13))]
+    assert rest.intro[0].endswith(f": {', '.join(others)}.")
+    whole, differences, against = found[1].grids
+    table = build_paper_table("6", runs.get)
+    assert [[entry.text for entry in row] for row in whole.rows] == readable_rows(table)
+    assert [[entry.text for entry in row] for row in differences.rows] == comparison_rows(table)
+    assert [[entry.text for entry in row] for row in against.rows] == published_rows(table)
+    assert {len(grid.columns) for grid in found[1].grids} == {len(row) for grid in found[1].grids for row in grid.rows}
+    entry, cell = whole.rows[5][1], table.rows[5].cells[0]  # VGG-11, baseline, top-1
+    assert [link.run for link in entry.links] == [numbers[run.folder] for run in cell.cell.runs.values()]
+    assert (len(entry.links), entry.value) == (5, cell.ours.mean)
 
 
 def test_wilcoxon_counts_each_network_once(zoo, capsys):

@@ -224,7 +224,7 @@ def test_cells_are_sorted_by_the_numbers_behind_them(runs, page):
             for cell in own["cells"]:
                 values.append(cell["mean"])
                 if cell["difference"] is not None:
-                    values += [cell["difference"]["mean"], cell["difference"]["p_t"]]
+                    values += [cell["difference"][key] for key in ("mean", "p_t", "detectable")]
             assert [value for _, value in row] == ["" if value is None else str(value) for value in values]
 
 
@@ -253,7 +253,7 @@ def test_the_head_counts_runs_by_state(runs, page):
 
 
 def test_the_runs_are_listed_with_their_numbers(runs, page):
-    rows = page.table("section-3-table-1")
+    rows = page.table("section-4-table-1")
     assert sorted((row[1][0], row[0][0]) for row in rows) == sorted(path.parts[-2:] for path in runs.glob("*/*"))
     listed = {row[0][0]: row for row in rows if row[1][0] == "demo"}
     folders = list(listed)
@@ -292,7 +292,7 @@ def test_every_doubt_of_the_tables_is_said_once_and_grouped(runs, page):
 
 
 def test_a_failed_run_says_why_and_how_to_go_on(runs, page):
-    (row,) = page.table("section-4-table-1")
+    (row,) = page.table("section-5-table-1")
     (folder,) = (runs / "demo").glob("small-vanilla-s3-*")
     name, kind, reason, way_out, *_ = (text for text, _ in row)
     assert (name, kind, reason) == (folder.name, "out-of-memory", "CUDA out of memory")
@@ -301,7 +301,7 @@ def test_a_failed_run_says_why_and_how_to_go_on(runs, page):
 
 
 def test_the_cost_names_hardware_and_what_is_not_in_it(page):
-    rows = [[text for text, _ in row] for row in page.table("section-5-table-1")]
+    rows = [[text for text, _ in row] for row in page.table("section-6-table-1")]
     assert rows[0][:4] == ["demo", "tract", "6", "6"]  # 2 ranks × (0.5 + 1 + 1.5) hours
     assert "NVIDIA H200" in rows[0][4]
     assert rows[0][5] == "3 runs of unknown time"
@@ -370,7 +370,7 @@ def test_hostile_words_stay_words(tmp_path):
     assert not page.all("i") + page.all("b")
     assert [attrs.get("type") for _, attrs in page.all("script")] == ["text/plain"] * 4 + [None]
     assert all(re.fullmatch("[A-Za-z0-9+/=]+", text) for text, _ in page.all("script", type="text/plain"))
-    row = page.table("section-3-table-1")[0]
+    row = page.table("section-4-table-1")[0]
     assert [text for text, _ in row][1:3] == [" ".join(HOSTILE.split())] * 2
     packs = [_unpacked(text) for text, _ in page.all("script", type="text/plain")]
     assert HOSTILE in dict(packs[0]["attempts"][0])["command"]
@@ -380,14 +380,16 @@ def test_hostile_words_stay_words(tmp_path):
 
 def test_runs_of_one_experiment_alone(runs):
     page = Page(_written(runs, "--experiment", "other"))
-    assert [text for text, _ in page.all("h2")] == ["Experiment other", "Runs", "Failures and doubts", "Cost"]
-    assert "None: every run has finished" in page.all("section", id="section-3")[0][0]
+    assert [text for text, _ in page.all("h2")] == [
+        "Experiment other", "Paper: not run yet", "Runs", "Failures and doubts", "Cost",
+    ]  # fmt: skip
+    assert "None: every run has finished" in page.all("section", id="section-4")[0][0]
 
 
 def test_without_a_readable_run_there_is_a_page_all_the_same(tmp_path):
     (tmp_path / "runs" / "demo" / "broken").mkdir(parents=True)
     page = Page(_written(tmp_path / "runs"))
-    assert [text for text, _ in page.table("section-2-table-1")[0]][:4] == ["broken", "demo", "unfinished", "–"]
+    assert [text for text, _ in page.table("section-3-table-1")[0]][:4] == ["broken", "demo", "unfinished", "–"]
 
 
 # -- look -------------------------------------------------------------------------------
