@@ -354,7 +354,11 @@ def _curves(axes: Axes, built: PaperFigure, panel: Panel, labels: dict[str, str]
             mean_line(axes, *numbers, style, label=labels[line.label], zorder=place, **marks)
         if point.published is not None:
             _star(axes, point.x, point.published, style.colour)
-    axes.set_ylim(bottom=bottom(axes, drawn, built.plan["early"]))
+    low = bottom(axes, drawn, built.plan["early"])
+    stars = [point.published for _, point, _ in curves if point.published is not None]
+    if low is not None and stars:  # never beyond the edge, however far ours are from them
+        low = min(low, min(stars) - 0.02 * (axes.get_ylim()[1] - min(stars)))
+    axes.set_ylim(bottom=low)
     _ends(axes, panel, drawn)
     _words(axes, built.plan["x"], panel, "test accuracy (%)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

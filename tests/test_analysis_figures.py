@@ -306,6 +306,8 @@ def test_published_finals_stand_at_the_ends_of_figure_5_alone(whole):
         for axes, quantity in zip(figure.axes, ("top1", "top5"), strict=True):
             stars = {tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() == "*"}
             assert stars == {(int(e), own[quantity][0]) for e, arms in expected.items() for own in arms.values()}
+            low, high = axes.get_ylim()
+            assert all(low < value < high for _, value in stars)
         assert ("published" in [text.get_text() for text in figure.legends[0].get_texts()]) == bool(expected)
 
 
