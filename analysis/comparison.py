@@ -15,6 +15,7 @@ from analysis.speedup import Speedup, over_seconds, speedup
 from analysis.statistics import PairedDifference, Summary, holm, paired_difference, smallest_detectable, summarise
 
 _SECONDS = "time/epoch_seconds"
+_SHOWN = 8  # names in one sentence
 _SMALLER_IS_BETTER = ("loss", "seconds", "mib", "error")
 
 
@@ -106,6 +107,7 @@ def build_table(
         named += _missing_seeds(experiment, row, places, dict(zip(keys, values, strict=True)))
         rows.append(row)
     rows, count = with_holm(rows)
+    named += _single_runs(rows)
     named += mixed_origins([run for row in rows for cell in row.cells.values() for run in cell.runs.values()])
     axes = tuple(names[key] for key in keys)
     return Table(
@@ -292,6 +294,15 @@ def _missing_seeds(experiment: str, row: Row, places: dict[str, list[Run]], valu
                 f"start it: `python experiments/{experiment}.py --local {overrides}`."
             )
     return found
+
+
+def _single_runs(rows: Sequence[Row]) -> list[str]:
+    """Cells of one run: a number, but nothing on what another seed would give."""
+    single = [f"{label}{_row_words(row)}" for row in rows for label, cell in row.cells.items() if cell.summary.n == 1]
+    if not single:
+        return []
+    more = f" and {len(single) - _SHOWN} more" if len(single) > _SHOWN else ""
+    return [f"one run alone, so no spread, interval or test: {'; '.join(single[:_SHOWN])}{more}; start more seeds."]
 
 
 def _row_words(row: Row) -> str:

@@ -164,6 +164,16 @@ def test_without_complete_times_there_is_no_speedup_in_seconds(runs, capsys):
     assert found["epochs"]["n"] == 3
 
 
+def test_a_single_run_is_a_doubt(tmp_path, capsys):
+    for model, seeds in (("big", 2), ("small", 1)):
+        for seed in range(seeds):
+            write_run(tmp_path, configuration(seed, model=model), curve(seed, model))
+    code, (table,) = _json(capsys, "--runs", tmp_path, "--strict")
+    assert (code, table["named"]) == (
+        1, ["one run alone, so no spread, interval or test: vanilla (model=small); start more seeds."],
+    )  # fmt: skip
+
+
 def test_without_a_metric_each_experiment_shows_what_its_runs_are_known_by(tmp_path, capsys):
     for name, headline in (("one", "test/top1"), ("other", "test/loss")):
         write_run(tmp_path, configuration(), [50.0] * 5, experiment=name, result={"headline": headline})
