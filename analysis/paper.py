@@ -17,9 +17,9 @@ import numpy as np
 import yaml
 
 from analysis.cache import Cache
-from analysis.comparison import Cell, Difference, Row, cell_of, mixed_origins, with_differences, with_holm
+from analysis.comparison import Cell, Difference, Row, mixed_origins, with_differences, with_holm
 from analysis.load import Run, experiments_in, load_runs
-from analysis.paper_runs import Cohort, Members, cohorts, members_of, missing, missing_sentence, mixed_settings
+from analysis.paper_runs import Cohort, Members, cells_of, cohorts, members_of, missing, missing_sentence
 from analysis.statistics import PublishedDifference, Summary, against_published, summarise, wilcoxon_p
 
 BASELINE = "baseline"
@@ -187,16 +187,10 @@ def _columns(plan: dict, names: dict[str, str]) -> tuple[str, ...]:
 
 
 def _cells(members: dict[Cohort, Members], spec: dict, wanted: set[Key], named: list[str]) -> dict[Key, Cell]:
-    cells = {}
-    for cohort, own in members.items():
-        mixed = mixed_settings(cohort, own)
-        named += [] if mixed is None else [mixed]
-        for quantity, tag in spec["metrics"].items():
-            key = Key(cohort.subject, cohort.arm, quantity)
-            if key in wanted:
-                cell = cell_of(own.runs if mixed is None else [], tag, False, named)
-                cells[key] = _scaled(cell, spec.get("scale", 1.0))
-    return cells
+    shown = {key.quantity for key in wanted}
+    found = cells_of(members, {name: tag for name, tag in spec["metrics"].items() if name in shown}, named)
+    cells = {Key(cohort.subject, cohort.arm, quantity): cell for (cohort, quantity), cell in found.items()}
+    return {key: _scaled(cell, spec.get("scale", 1.0)) for key, cell in cells.items() if key in wanted}
 
 
 def _scaled(cell: Cell, scale: float) -> Cell:

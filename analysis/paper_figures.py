@@ -23,11 +23,11 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
 from analysis import paper
 from analysis.cache import Cache
-from analysis.comparison import Cell, cell_of, mixed_origins
+from analysis.comparison import Cell, mixed_origins
 from analysis.drawing import COLOURS, Curve, LineStyle, bottom, curve_of, in_style, mean_line
 from analysis.grouping import plain
 from analysis.load import InputError, Run, experiments_in, load_runs
-from analysis.paper_runs import Cohort, Members, cohorts, members_of, missing, missing_sentence, mixed_settings
+from analysis.paper_runs import Cohort, Members, cells_of, cohorts, members_of, missing, missing_sentence
 
 Runs = Mapping[str, Sequence[Run]]  # by experiment
 
@@ -155,13 +155,13 @@ def build_figure(name: str, runs: Runs) -> PaperFigure:
     spec = figure_set(plan["set"])
     named: list[str] = []
     members = _members(plan["set"], runs, named)
-    cells = _cells(members, spec["metrics"], named)
+    cells = cells_of(members, spec["metrics"], named)
     panels = tuple(_panel(title, choice, plan, spec, cells) for title, choice in plan["panels"].items())
     names = layout()["names"] | spec.get("names", {})
     named += [missing_sentence(spec, item, names) for item in missing(members, spec["seeds"])]
     used = {run.folder: run for cell in cells.values() for run in cell.runs.values()}
     named += mixed_origins(list(used.values()))
-    first = next(iter(spec["metrics"].values()))
+    first = next(iter(spec["metrics"]))
     drawn = sum(min(spec["seeds"], len(cells[cohort, first].runs)) for cohort in members)
     total = spec["seeds"] * len(members)
     if not used:
@@ -169,25 +169,17 @@ def build_figure(name: str, runs: Runs) -> PaperFigure:
     return PaperFigure(name, plan, spec["seeds"], panels, drawn, total, tuple(dict.fromkeys(named)))
 
 
-def _cells(members: dict[Cohort, Members], metrics: dict[str, str], named: list[str]) -> dict[tuple[Cohort, str], Cell]:
-    cells = {}
-    for cohort, own in members.items():
-        mixed = mixed_settings(cohort, own)
-        named += [] if mixed is None else [mixed]
-        for tag in metrics.values():
-            cells[cohort, tag] = cell_of(own.runs if mixed is None else [], tag, False, named)
-    return cells
-
-
 def _panel(title: str, choice: dict, plan: dict, spec: dict, cells: dict[tuple[Cohort, str], Cell]) -> Panel:
     quantity = choice.get("quantity", next(iter(spec["metrics"])))
     tag = spec["metrics"][quantity]
     wanted = choice.get("of", {}).items()
-    shown = [c for c, own in cells if own == tag and all(c.choices.get(key, value) == value for key, value in wanted)]
+    shown = [
+        c for c, own in cells if own == quantity and all(c.choices.get(key, value) == value for key, value in wanted)
+    ]
     lines = []
     for label, line in plan["lines"].items():
         points = [
-            Point(cohort.choices.get(plan["x"]["of"]), cells[cohort, tag], _published(plan, cohort, quantity))
+            Point(cohort.choices.get(plan["x"]["of"]), cells[cohort, quantity], _published(plan, cohort, quantity))
             for cohort in shown
             if cohort.arm in line["arms"]
         ]

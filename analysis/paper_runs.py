@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from analysis.comparison import Cell, cell_of
 from analysis.grouping import ABSENT, flatten, plain, settings
 from analysis.load import Run, read_config
 
@@ -195,6 +196,25 @@ def mixed_settings(cohort: Cohort, members: Members) -> str | None:
             words = "; ".join(f"{value} in {', '.join(own)}" for value, own in folders.items())
             return f"{cohort.words}: its runs differ in {key} ({words}), so none is used; keep one kind under --runs."
     return None
+
+
+def cells_of(
+    members: dict[Cohort, Members], metrics: dict[str, str], named: list[str]
+) -> dict[tuple[Cohort, str], Cell]:
+    """The numbers of each cohort by quantity; empty cells where its runs are not of one kind.
+
+    Args:
+        members: the runs of each cohort.
+        metrics: {quantity: TensorBoard tag}.
+        named: gets a sentence for everything that is left out.
+    """
+    cells = {}
+    for cohort, own in members.items():
+        mixed = mixed_settings(cohort, own)
+        named += [] if mixed is None else [mixed]
+        for quantity, tag in metrics.items():
+            cells[cohort, quantity] = cell_of(own.runs if mixed is None else [], tag, False, named)
+    return cells
 
 
 def _decides(key: str) -> bool:
