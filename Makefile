@@ -3,7 +3,7 @@
 # make help         the rest
 
 PYTHON ?= python3
-JOBS ?= $(shell nproc 2>/dev/null || echo 2)
+JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 BIN = .venv/bin
 
 .PHONY: help quickstart test test-slow lint format clean
