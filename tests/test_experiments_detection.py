@@ -281,6 +281,16 @@ def test_a_classifiers_weights_fill_features_and_hidden_layers(make):
     assert detector.start_weights(own) == (own, [])
 
 
+def test_weights_survive_a_file():
+    images = [torch.rand(3, 80, 120), torch.rand(3, 60, 60)]
+    first, second = (build_model("faster_rcnn_vgg16", 3, width=8, hidden=16, min_size=64).eval() for _ in range(2))
+    proposals = [model(images)[0]["boxes"] for model in (first, second)]
+    assert not torch.equal(*proposals)
+    second.load_state_dict(first.state_dict())
+    for mine, its in zip(first(images), second(images), strict=True):
+        assert all(torch.equal(mine[key], its[key]) for key in ("boxes", "labels", "scores"))
+
+
 def test_a_run_starts_from_a_classifier(voc, tmp_path, capsys):
     """A file in torchvision's form; timm's hidden layers are convolutions of the same order."""
     model = build_model("faster_rcnn_vgg16", 2, width=8, hidden=16)

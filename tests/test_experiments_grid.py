@@ -25,6 +25,7 @@ PAPER = {
     "table2_lr": 3 * 5,
     "table3": 2 * 6,
     "table4": 4 * 2,
+    "table5": 2 * 2,
     "quickstart": 2 * 2 * 3,
 }
 
