@@ -19,7 +19,8 @@ import yaml
 from analysis.cache import Cache
 from analysis.comparison import Cell, Difference, Row, mixed_origins, with_differences, with_holm
 from analysis.load import Run, experiments_in, load_runs
-from analysis.paper_runs import Cohort, Members, cells_of, cohorts, members_of, missing, missing_sentence
+from analysis.paper_runs import Cohort, Members, cells_of, cohorts, missing, missing_sentence
+from analysis.paper_sets import members_of_set, table_layout
 from analysis.statistics import PublishedDifference, Summary, against_published, summarise, wilcoxon_p
 
 BASELINE = "baseline"
@@ -97,12 +98,6 @@ class PaperTable:
 
 
 @functools.cache
-def layout() -> dict[str, Any]:
-    """The content of ``paper.yaml``."""
-    return yaml.safe_load((_HERE / "paper.yaml").read_text(encoding="utf-8"))
-
-
-@functools.cache
 def published() -> dict[str, Any]:
     """The content of ``published.yaml``."""
     return yaml.safe_load((_HERE / "published.yaml").read_text(encoding="utf-8"))
@@ -110,7 +105,7 @@ def published() -> dict[str, Any]:
 
 def table_names() -> list[str]:
     """What ``--table`` takes: the numbers of the tables, and runtime."""
-    return [*layout()["tables"], RUNTIME]
+    return [*table_layout()["tables"], RUNTIME]
 
 
 def runs_of(root: Path, experiment: str, cache: Cache | None = None) -> list[Run]:
@@ -129,15 +124,15 @@ def build_paper_table(name: str, load: Callable[[str], Sequence[Run]]) -> PaperT
         name: its number.
         load: gives all runs of an experiment.
     """
-    plan = layout()["tables"][name]
-    spec = layout()["sets"][plan["set"]]
+    plan = table_layout()["tables"][name]
+    spec = table_layout()["sets"][plan["set"]]
     named: list[str] = []
     keys = _keys(plan, spec)
     shown = {(key.subject, key.arm) for row in keys for key in row}
     found = [cohort for cohort in cohorts(spec) if (cohort.subject, cohort.arm) in shown]
-    members = members_of(found, load(spec["experiment"]), named)
+    members = members_of_set(spec, load(spec["experiment"]), named, found)
     cells, count = _compared(_cells(members, spec, {key for row in keys for key in row}, named))
-    names = layout()["names"] | spec.get("names", {})
+    names = table_layout()["names"] | spec.get("names", {})
     digits = spec.get("digits", _DIGITS)
     rows = tuple(
         PaperRow(words, tuple(_beside(key, cells.get(key), spec, plan["set"]) for key in row))

@@ -7,7 +7,6 @@ and says how many are missing.
 
 from __future__ import annotations
 
-import functools
 import math
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -27,7 +25,8 @@ from analysis.comparison import Cell, mixed_origins
 from analysis.drawing import COLOURS, Curve, LineStyle, bottom, curve_of, in_style, mean_line
 from analysis.grouping import plain
 from analysis.load import InputError, Run, experiments_in, load_runs
-from analysis.paper_runs import Cohort, Members, cells_of, cohorts, members_of, missing, missing_sentence
+from analysis.paper_runs import Cohort, cells_of, missing, missing_sentence
+from analysis.paper_sets import figure_layout, members_of_set, set_of
 
 Runs = Mapping[str, Sequence[Run]]  # by experiment
 
@@ -83,23 +82,9 @@ class PaperFigure:
 # -- which runs -----------------------------------------------------------------------------------
 
 
-@functools.cache
-def layout() -> dict[str, Any]:
-    """The content of ``paper_figures.yaml``."""
-    return yaml.safe_load((Path(__file__).parent / "paper_figures.yaml").read_text(encoding="utf-8"))
-
-
 def figure_names() -> list[str]:
     """The numbers of the figures."""
-    return sorted(layout()["figures"], key=int)
-
-
-def figure_set(name: str) -> dict[str, Any]:
-    """A set of runs of ``paper_figures.yaml`` (or ``paper.yaml``) with all its values."""
-    own = layout()["sets"].get(name)
-    if own is None:
-        return paper.layout()["sets"][name]
-    return (figure_set(own["like"]) if "like" in own else {}) | own
+    return sorted(figure_layout()["figures"], key=int)
 
 
 def figure_plan(name: str) -> dict[str, Any]:
@@ -108,7 +93,7 @@ def figure_plan(name: str) -> dict[str, Any]:
     Raises:
         InputError: no such figure.
     """
-    own = layout()["figures"].get(name)
+    own = figure_layout()["figures"].get(name)
     if own is None:
         known = f"{', '.join(figure_names())} or {ALL}"
         raise InputError(f"expected a figure of the paper ({known}), got {name}.")
@@ -121,21 +106,8 @@ def runs_for(names: Sequence[str], root: Path, cache: Cache | None = None) -> di
     Raises:
         InputError: no such folder, or no such figure.
     """
-    wanted = {figure_set(figure_plan(name)["set"])["experiment"] for name in names}
+    wanted = {set_of(figure_plan(name)["set"])["experiment"] for name in names}
     return {name: load_runs(root, name, cache)[name] for name in experiments_in(root) if name in wanted}
-
-
-def _members(set_name: str, runs: Runs, named: list[str]) -> dict[Cohort, Members]:
-    """The runs of a set; those that are other sets' alone are left out in silence."""
-    spec = figure_set(set_name)
-    here = runs.get(spec["experiment"], [])
-    others = [own for own in map(figure_set, layout()["sets"]) if own["experiment"] == spec["experiment"]]
-    elsewhere = {folder for own in others for folder in _folders(own, here)} - _folders(spec, here)
-    return members_of(cohorts(spec), [run for run in here if run.folder not in elsewhere], named)
-
-
-def _folders(spec: dict[str, Any], runs: Sequence[Run]) -> set[Path]:
-    return {run.folder for own in members_of(cohorts(spec), runs, []).values() for run in own.runs}
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -152,12 +124,12 @@ def build_figure(name: str, runs: Runs) -> PaperFigure:
         InputError: no such figure.
     """
     plan = figure_plan(name)
-    spec = figure_set(plan["set"])
+    spec = set_of(plan["set"])
     named: list[str] = []
-    members = _members(plan["set"], runs, named)
+    members = members_of_set(spec, runs.get(spec["experiment"], []), named)
     cells = cells_of(members, spec["metrics"], named)
     panels = tuple(_panel(title, choice, plan, spec, cells) for title, choice in plan["panels"].items())
-    names = layout()["names"] | spec.get("names", {})
+    names = figure_layout()["names"] | spec.get("names", {})
     named += [missing_sentence(spec, item, names) for item in missing(members, spec["seeds"])]
     used = {run.folder: run for cell in cells.values() for run in cell.runs.values()}
     named += mixed_origins(list(used.values()))
@@ -277,7 +249,7 @@ def _range(numbers: Sequence[int]) -> str:
 
 def _line_style(name: str) -> tuple[LineStyle, int]:
     """A style, and its place above the others."""
-    own = layout()["styles"][name]
+    own = figure_layout()["styles"][name]
     front = own.get("front", False)
     return LineStyle(COLOURS[own["colour"]], own["dashes"], own["marker"], 1.6 if front else 1.3), 3 if front else 2
 

@@ -88,6 +88,7 @@ def members_of(found: Sequence[Cohort], runs: Sequence[Run], named: list[str]) -
     """
     members = {(cohort.subject, cohort.arm): Members() for cohort in found}
     silent: dict[tuple[str, ...], list[str]] = {}
+    strange: dict[str, list[str]] = {}
     for run in runs:
         if run.config is None:
             named += [problem.text for problem in run.problems]
@@ -105,8 +106,25 @@ def members_of(found: Sequence[Cohort], runs: Sequence[Run], named: list[str]) -
             own.settings[run.folder] = flat
             unsaid = tuple(key for key in fitting[0].recipe if key not in flat and not key.startswith("start."))
             silent.setdefault(unsaid, []).append(str(run.folder))
+        elif words := _strangeness(found, flat):
+            strange.setdefault(words, []).append(str(run.folder))
+    named += [_strange_sentence(words, folders) for words, folders in strange.items()]
     named += [_silent_sentence(unsaid, folders) for unsaid, folders in silent.items() if unsaid]
     return {cohort: members[cohort.subject, cohort.arm] for cohort in found}
+
+
+def _strangeness(found: Sequence[Cohort], flat: dict[str, Any]) -> str:
+    """What a run of no cohort is instead of the cohort that it is most like; nothing for another phase of its own."""
+    differing = (_differing(cohort.identity, flat) for cohort in found)
+    nearest = min(differing, key=lambda keys: (len(keys), "method.name" in keys), default={})
+    if "stage" in nearest:
+        return ""
+    return _instead(nearest, flat)
+
+
+def _strange_sentence(words: str, folders: Sequence[str]) -> str:
+    more = f" and {len(folders) - 1} more" if len(folders) > 1 else ""
+    return f"{folders[0]}{more}: left out, none of the paper's runs: {words}; --experiment shows it."
 
 
 def _silent_sentence(unsaid: Sequence[str], folders: Sequence[str]) -> str:
@@ -175,8 +193,11 @@ def _fault(alike: Sequence[Cohort], fitting: Sequence[Cohort], flat: dict[str, A
         )
     if not wrong:
         return None
-    words = ", ".join(f"{key}={plain(flat.get(key, ABSENT))} instead of {plain(value)}" for key, value in wrong.items())
-    return f"not the recipe of {first.words}: {words}; train it with the paper's values"
+    return f"not the recipe of {first.words}: {_instead(wrong, flat)}; train it with the paper's values"
+
+
+def _instead(wrong: dict[str, Any], flat: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={plain(flat.get(key, ABSENT))} instead of {plain(value)}" for key, value in wrong.items())
 
 
 def _phase(key: str) -> str:

@@ -11,7 +11,8 @@ import numpy as np
 
 from analysis.grouping import ABSENT, flatten, plain
 from analysis.load import InputError
-from analysis.paper import BASELINE, RUNTIME, Key, PaperCell, PaperRow, PaperTable, layout, published_number
+from analysis.paper import BASELINE, RUNTIME, Key, PaperCell, PaperRow, PaperTable, published_number
+from analysis.paper_sets import table_layout
 from analysis.statistics import Summary
 
 _TITLE = "run time of a whole training with and without TrAct"
@@ -35,11 +36,11 @@ def build_runtime_table(file: Path | None) -> PaperTable:
     content = {"settings": {}} if file is None else _read(file)
     named: list[str] = []
     rows = []
-    for subject, spec in layout()[RUNTIME].items():
+    for subject, spec in table_layout()[RUNTIME].items():
         blocks = _blocks(subject, spec, content, file, named)
         cells = [_cell(Key(subject, arm, quantity), blocks, spec["steps"]) for arm, quantity in _KEYS]
         rows.append(PaperRow((subject,), tuple(cells)))
-    names = layout()["names"]
+    names = table_layout()["names"]
     columns = (names[BASELINE], names["tract"], f"{names['overhead']}, %")
     remarks = () if file is None else (_origin(content),)
     named += _missing([row.words[0] for row in rows if row.cells[0].ours.mean is None], file)
@@ -115,7 +116,8 @@ def _origin(content: dict) -> str:
 def _missing(subjects: list[str], file: Path | None) -> list[str]:
     if not subjects:
         return []
-    settings = " ".join(spec["setting"] for spec in layout()[RUNTIME].values())  # the file holds one measurement
+    # the file holds one measurement of all
+    settings = " ".join(spec["setting"] for spec in table_layout()[RUNTIME].values())
     out = "runtime.json" if file is None else str(file)
     return [
         f"missing: the run time of {'; '.join(subjects)}; measure it: `python experiments/runtime.py {settings} "

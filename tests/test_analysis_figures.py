@@ -14,10 +14,12 @@ import pytest
 import yaml
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from analysis import figures, paper_figures
+from analysis import figures
 from analysis.events import EventLog, Series
 from analysis.load import InputError, Problem, Run, Status
-from analysis.paper_figures import ALL, build_figure, draw_figure, figure_names, figure_set
+from analysis.paper_figures import ALL, build_figure, draw_figure, figure_names
+from analysis.paper_runs import cohorts
+from analysis.paper_sets import set_of
 from experiments.config import compose_config, parse_overrides, to_tree
 from experiments.grid import load_grid, points
 from tests.run_folders import ATTEMPT, folder_name, write_final
@@ -375,7 +377,7 @@ def test_without_runs_nothing_is_drawn_and_the_commands_make_the_whole_grid(name
 def test_the_commands_make_exactly_the_missing_runs(name, part):
     _, named = draw_figure(name, part)
     here = {run.folder.name for runs in part.values() for run in runs}
-    experiment = figure_set(f"figure{name}")["experiment"]
+    experiment = set_of(f"figure{name}")["experiment"]
     absent = [p for p in _grid_points(name) if folder_name(_configuration(experiment, p)) not in here]
     assert _texts(_commanded(named)) == _texts(absent)
     figure, _ = draw_figure(name, part)
@@ -385,9 +387,9 @@ def test_the_commands_make_exactly_the_missing_runs(name, part):
 
 @pytest.mark.parametrize("name", SEARCHES)
 def test_the_sets_of_the_rate_searches_are_their_grids(name):
-    spec = figure_set(name)
+    spec = set_of(name)
     grid = [_facts_of_search(point) for point in points(load_grid(name), {})]
-    own = [_facts_of_search(cohort.choices) for cohort in paper_figures.cohorts(spec)]
+    own = [_facts_of_search(cohort.choices) for cohort in cohorts(spec)]
     assert sorted(own) == sorted(grid)
 
 

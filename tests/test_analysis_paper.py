@@ -17,12 +17,13 @@ from hypothesis import strategies as st
 from scipy import stats
 from statsmodels.stats.multitest import multipletests
 
-from analysis import paper, paper_runs, tables
+from analysis import paper, paper_runs, paper_sets, tables
 from analysis.load import load_runs
 from analysis.paper import build_paper_table
 from analysis.paper_rendering import comparison_rows, published_rows, readable_cell, readable_rows
-from analysis.paper_runs import cohorts, members_of, missing, missing_sentence
+from analysis.paper_runs import cohorts, missing, missing_sentence
 from analysis.paper_sections import paper_sections
+from analysis.paper_sets import members_of_set, table_layout
 from analysis.statistics import Summary
 from experiments.config import CONF, compose_config, parse_overrides, to_tree
 from experiments.grid import load_grid, plan, points
@@ -31,7 +32,7 @@ from tests.run_folders import ATTEMPT, write_final
 
 ROOT = Path(__file__).parents[1]
 PUBLISHED = yaml.safe_load((paper._HERE / "published.yaml").read_text())
-SETS = paper.layout()["sets"]
+SETS = table_layout()["sets"]
 GRIDS = {"cifar100": "table1", "imagenet_resnet50": "table2", "deit3": "table3", "transfer": "table4"}
 ZOO = {"SqueezeNet": "squeezenet", "VGG-11": "vgg11"}
 ARMS = {
@@ -101,9 +102,10 @@ def _rows(table):
 
 def _only(monkeypatch, subjects):
     """The layout without the other networks."""
-    whole, zoo = paper.layout(), SETS["cifar100"]
+    whole, zoo = table_layout(), SETS["cifar100"]
     zoo = zoo | {"subjects": {name: zoo["subjects"][name] for name in subjects}}
-    monkeypatch.setattr(paper, "layout", lambda: whole | {"sets": SETS | {"cifar100": zoo}})
+    for module in (paper, paper_sets):
+        monkeypatch.setattr(module, "table_layout", lambda: whole | {"sets": SETS | {"cifar100": zoo}})
 
 
 # -- the published numbers ----------------------------------------------------------------------
@@ -138,7 +140,7 @@ def test_an_average_of_what_is_not_whole_is_none():
 
 
 def test_every_cell_of_every_table_has_its_published_number():
-    for name in paper.layout()["tables"]:
+    for name in table_layout()["tables"]:
         table = paper.build_paper_table(name, lambda experiment: [])
         absent = [cell.key for row in table.rows for cell in row.cells if cell.published is None]
         assert all((key.arm, key.quantity) == ("paper", "top5") for key in absent)
@@ -151,7 +153,7 @@ def test_nothing_is_published_beside_the_layout():
         for arms in PUBLISHED[name].values():
             assert list(arms) == list(spec["arms"])
             assert {quantity for numbers in arms.values() for quantity in numbers} == set(spec["metrics"])
-    assert list(PUBLISHED["runtime"]) == list(paper.layout()["runtime"])
+    assert list(PUBLISHED["runtime"]) == list(table_layout()["runtime"])
 
 
 def test_published_numbers_are_possible():
@@ -258,7 +260,7 @@ def test_the_runs_of_the_grids_follow_the_recipe_and_find_their_cells(name, tmp_
             if name != "transfer" or point.get("recipe.pretrain_epochs", 800) == 800:
                 config = compose_config(SETS[own]["experiment"], point | {"runtime.runs": str(tmp_path)})
                 made[prepare_folder(config)] = point
-    members = members_of(cohorts(spec), load_runs(tmp_path)[spec["experiment"]], named)
+    members = members_of_set(spec, load_runs(tmp_path)[spec["experiment"]], named)
     assert not any("left out" in sentence for sentence in named)
     for cohort, own in members.items():
         assert len(own.runs) == (1 if name != "cifar100" else 2 * (cohort.subject in ZOO))
@@ -308,13 +310,32 @@ def test_what_a_configuration_does_not_say_is_a_doubt_and_no_other_recipe(tmp_pa
     assert "and 1 more" in sentence
 
 
-@pytest.mark.parametrize(
-    "choices", [{"method": "tract", "method__lambda_": 0.2}, {"epochs": 100}, {"model": "resnet_small"}]
-)
-def test_a_run_of_another_name_is_of_no_cell_and_no_doubt(one, capsys, choices):
+NOT_OF_THE_PAPER = {
+    "method.lambda_=0.2 instead of 0.1": {"method": "tract", "method__lambda_": 0.2},
+    "epochs=100 instead of 200": {"epochs": 100},
+    "epochs=133 instead of 200": {"epochs": 133},
+    "model.name=resnet_small instead of squeezenet": {"model": "resnet_small"},
+}
+
+
+@pytest.mark.parametrize("words", NOT_OF_THE_PAPER)
+def test_a_run_that_the_paper_has_not_is_of_no_cell_and_is_named(one, capsys, words):
     before = _table(capsys, "1", one)
-    write_final(one, _zoo(seed=2, **choices), {"test/top1": 99.0, "test/top5": 99.9})
-    assert _table(capsys, "1", one) == before
+    folders = [
+        write_final(one, _zoo(seed=seed, **NOT_OF_THE_PAPER[words]), {"test/top1": 99.0, "test/top5": 99.9})
+        for seed in (2, 3)
+    ]
+    after = _table(capsys, "1", one)
+    assert after["rows"] == before["rows"]
+    (sentence,) = set(after["named"]) - set(before["named"])
+    assert sentence.startswith(f"{min(folders)} and 1 more: left out, none of the paper's runs: ")
+    assert words in sentence
+
+
+def test_runs_of_another_table_are_no_doubt_of_this_one(zoo, capsys):
+    """Table 6 has no runs of 133 epochs, table 7 none of 200."""
+    for name in ("6", "7"):
+        assert not any("left out" in line for line in _table(capsys, name, zoo)["named"])
 
 
 def test_runs_that_differ_in_what_the_recipe_leaves_open_share_no_mean(one, capsys):
@@ -710,7 +731,7 @@ def test_run_times_are_medians_of_the_blocks_times_the_steps_of_a_training(tmp_p
 
 def test_the_steps_of_a_training_are_those_of_its_recipe():
     images = {"cifar_vit": 50_000, "deit_small": 1_281_167, "deit_base": 1_281_167}
-    for spec in paper.layout()["runtime"].values():
+    for spec in table_layout()["runtime"].values():
         epochs = spec["recipe"].get("epochs", 100)
         batch = spec["recipe"]["batch_size"] * (1 if spec["setting"] == "cifar_vit" else 8)
         assert spec["steps"] == epochs * (images[spec["setting"]] // batch)
@@ -720,7 +741,7 @@ def test_the_measured_settings_are_those_of_the_script(tmp_path, capsys):
     from experiments.runtime import SETTINGS
 
     measured = {}
-    for spec in paper.layout()["runtime"].values():
+    for spec in table_layout()["runtime"].values():
         setting = SETTINGS[spec["setting"]]
         config = to_tree(compose_config(setting.experiment, setting.changes | {"method": "vanilla"}))
         measured[spec["setting"]] = _measured() | {"config": config}
