@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from analysis.statistics import PairedDifference, Summary, holm, paired_differen
 
 _SECONDS = "time/epoch_seconds"
 _SHOWN = 8  # names in one sentence
+_PACKAGES = ("python", "torchvision", "numpy")  # whose versions matter beside torch's
 _SMALLER_IS_BETTER = ("loss", "seconds", "mib", "error")
 
 
@@ -218,10 +220,15 @@ def _difference(cell: Cell, reference: Cell) -> Difference:
     seeds = tuple(seed for seed in cell.values if seed in reference.values)
     treated, plain_values = [cell.values[s] for s in seeds], [reference.values[s] for s in seeds]
     largest = max(map(abs, [*treated, *plain_values]), default=0.0)
-    resolution = float(np.spacing(np.float32(largest)))  # events hold float32
+    resolution = float32_spacing(largest)
     spread = summarise(np.subtract(treated, plain_values)).std
     detectable = smallest_detectable(spread, len(seeds))
     return Difference(paired_difference(treated, plain_values, resolution), seeds, detectable=detectable)
+
+
+def float32_spacing(value: float) -> float:
+    """The rounding of a number as event files hold it."""
+    return float(np.spacing(np.float32(value)))
 
 
 def with_speedups(cells: dict[str, Cell], baseline: str, metric: str) -> dict[str, Cell]:
@@ -321,6 +328,7 @@ def _overrides(label: str, seeds: Sequence[int], values: dict[str, Any]) -> str:
 def mixed_origins(used: Sequence[Run]) -> list[str]:
     """What the runs behind the means were made with, where it differs: a sentence for each kind."""
     facts = {"commit": commit_of, "torch version": torch_of, "hardware": hardware_of, "data set": _data}
+    facts |= {f"{name} version": partial(version_of, name=name) for name in _PACKAGES}
     found = []
     for name, fact in facts.items():
         folders: dict[str, list[str]] = {}
@@ -353,8 +361,13 @@ def commit_of(attempt: dict[str, Any]) -> str:
 
 def torch_of(attempt: dict[str, Any]) -> str:
     """The torch version of an attempt."""
+    return version_of(attempt, "torch")
+
+
+def version_of(attempt: dict[str, Any], name: str) -> str:
+    """The version of a package in an attempt."""
     packages = attempt.get("packages")
-    return str(packages.get("torch", "unknown")) if isinstance(packages, dict) else "unknown"
+    return str(packages.get(name, "unknown")) if isinstance(packages, dict) else "unknown"
 
 
 def hardware_of(attempt: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from tabulate import tabulate
 
@@ -30,6 +30,7 @@ class Number:
     name: tuple[str, ...]  # the words of its row, then those of its column
     shown: str
     metric: str
+    form: str | int  # how its values are printed, see readable_number
     cell: Cell
 
 
@@ -39,13 +40,19 @@ def numbers_of(tables: Sequence[Table | PaperTable]) -> list[Number]:
     for table in tables:
         own = _paper_numbers(table) if isinstance(table, PaperTable) else _numbers(table)
         head = table.name if isinstance(table, PaperTable) else table.experiment
-        found += [Number((head, *one.name), one.shown, one.metric, one.cell) if len(tables) > 1 else one for one in own]
+        found += [replace(one, name=(head, *one.name)) if len(tables) > 1 else one for one in own]
     return found
 
 
 def _numbers(table: Table) -> list[Number]:
     return [
-        Number((*map(plain, row.settings.values()), label), readable_cell(cell, table.metric), table.metric, cell)
+        Number(
+            (*map(plain, row.settings.values()), label),
+            readable_cell(cell, table.metric),
+            table.metric,
+            table.metric,
+            cell,
+        )
         for row in table.rows
         for label, cell in row.cells.items()
     ]
@@ -53,7 +60,13 @@ def _numbers(table: Table) -> list[Number]:
 
 def _paper_numbers(table: PaperTable) -> list[Number]:
     return [
-        Number((*row.words, column), readable_paper_cell(own, table.digits), f"test/{own.key.quantity}", own.cell)
+        Number(
+            (*row.words, column),
+            readable_paper_cell(own, table.digits),
+            table.names[own.key.quantity],
+            table.digits,
+            own.cell,
+        )
         for row in table.rows
         for column, own in zip(table.columns, row.cells, strict=True)
         if own.cell is not None
@@ -61,21 +74,27 @@ def _paper_numbers(table: PaperTable) -> list[Number]:
 
 
 def find(numbers: Sequence[Number], wanted: str) -> Number:
-    """The one cell whose name has all words of ``wanted``, which are separated by ``/``; case does not matter.
+    """The one cell that is called ``wanted``, or whose name has all its words; case does not matter.
+
+    Words are separated by ``/``, where a word holds one itself by `` / ``.
 
     Raises:
         InputError: no such cell, or several.
     """
-    words = [word.strip().casefold() for word in wanted.split("/")]
     names = {_SEPARATOR.join(number.name): number for number in numbers}
-    exact = [number for name, number in names.items() if name.casefold() == _SEPARATOR.join(words)]
-    fitting = exact or [n for n in names.values() if set(words) <= {part.casefold() for part in n.name}]
+    exact = [number for name, number in names.items() if name.casefold() == wanted.strip().casefold()]
+    fitting = exact or _with_words(names.values(), wanted.split(_SEPARATOR)) or _with_words(numbers, wanted.split("/"))
     if len(fitting) == 1:
         return fitting[0]
     if fitting:
         several = "; ".join(_SEPARATOR.join(number.name) for number in fitting[:5])
         raise InputError(f"expected --explain to name one cell, got {wanted}, which fits {len(fitting)}: {several}.")
     raise InputError(f"no cell {wanted}; nearest: {nearest(wanted, names).replace(', ', '; ')}.")
+
+
+def _with_words(numbers: Iterable[Number], words: Sequence[str]) -> list[Number]:
+    wanted = {word.strip().casefold() for word in words}
+    return [number for number in numbers if wanted <= {part.casefold() for part in number.name}]
 
 
 def explain(number: Number) -> str:
@@ -87,7 +106,7 @@ def explain(number: Number) -> str:
     title = f"**{_SEPARATOR.join(number.name)}: {number.shown}** ({number.metric})"
     if not runs:
         return f"{title}\n\nNo run is behind it.\n"
-    rows = [_row(seed, number.cell.values[seed], run, number.metric) for seed, run in runs.items()]
+    rows = [_row(seed, number.cell.values[seed], run, number.form) for seed, run in runs.items()]
     known = [hours for hours in map(device_hours, runs.values()) if hours is not None]
     total = f"{math.fsum(known):.3g} GPU-hours in all{'' if len(known) == len(runs) else ', as far as known'}"
     total += " (hours of the device named, be it a GPU or not)."
@@ -100,24 +119,24 @@ def explain(number: Number) -> str:
     )
 
 
-def _row(seed: int, value: float, run: Run, metric: str) -> list[str]:
+def _row(seed: int, value: float, run: Run, form: str | int) -> list[str]:
     hours = device_hours(run)
     packages = [attempt.get("packages") for attempt in run.attempts]
     versions = [(own.get("python", "?"), own.get("torch", "?")) for own in packages if isinstance(own, dict)]
     return [
         str(seed),
-        readable_number(value, metric),
+        readable_number(value, form),
         str(run.folder),
         str(len(run.attempts) or NONE),
         NONE if hours is None else f"{hours:.3g}",
         _distinct(commit_of(attempt) for attempt in run.attempts),
-        _distinct(", ".join(pair) for pair in versions),
+        _distinct(", ".join(map(str, pair)) for pair in versions),
         _distinct(hardware_of(attempt) for attempt in run.attempts),
         _distinct(str(attempt.get("started", "?")) for attempt in run.attempts[:1]),
     ]
 
 
-def _distinct(words) -> str:
+def _distinct(words: Iterable[str]) -> str:
     return "; ".join(dict.fromkeys(words)) or NONE
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from analysis.cache import Cache
-from analysis.comparison import Cell, Difference, Row, mixed_origins, with_differences, with_holm
+from analysis.comparison import Cell, Difference, Row, float32_spacing, mixed_origins, with_differences, with_holm
 from analysis.load import Run, experiments_in, load_runs
 from analysis.paper_runs import Cohort, Members, cells_of, cohorts, missing, missing_sentence
 from analysis.paper_sets import members_of_set, table_layout
@@ -299,7 +299,8 @@ def _wilcoxon_sentence(column: Sequence[PaperCell]) -> str:
     """A test over the rows, each of which counts once, whatever its seeds."""
     paired = [cell.paired.paired.mean for cell in column if cell.paired is not None]
     differences = [mean for mean in paired if mean is not None]
-    p = wilcoxon_p(differences) if differences else None
+    largest = max((cell.ours.mean for cell in column if cell.ours is not None and cell.ours.n), default=0.0)
+    p = wilcoxon_p(differences, 2 * float32_spacing(largest)) if differences else None
     if p is None:
         return ""
     shown = "<0.001" if p < 0.001 else f"{p:.3g}"

@@ -117,9 +117,9 @@ def comparison_rows(table: PaperTable) -> list[list[str]]:
     return [
         [
             *_words(table, cell),
-            readable_difference(cell.paired, f"test/{cell.key.quantity}"),
+            readable_difference(cell.paired, table.digits),
             readable_p(cell.paired),
-            readable_detectable(cell.paired, f"test/{cell.key.quantity}"),
+            readable_detectable(cell.paired, table.digits),
         ]
         for cell in compared(table)
     ]
@@ -139,17 +139,17 @@ def published_rows(table: PaperTable) -> list[list[str]]:
     return [
         [
             *_words(table, cell),
-            readable_against(cell.against, f"test/{cell.key.quantity}"),
+            readable_against(cell.against, table.digits),
             readable_equivalence(cell.against),
         ]
         for cell in with_published(table)
     ]
 
 
-def readable_against(found: PublishedDifference, metric: str) -> str:
+def readable_against(found: PublishedDifference, digits: int) -> str:
     """``+0.35 [+0.12, +0.58] (5)``."""
-    low, high = readable_signed(found.low, metric), readable_signed(found.high, metric)
-    return f"{readable_signed(found.difference, metric)} [{low}, {high}] ({found.n})"
+    low, high = readable_signed(found.low, digits), readable_signed(found.high, digits)
+    return f"{readable_signed(found.difference, digits)} [{low}, {high}] ({found.n})"
 
 
 def readable_equivalence(found: PublishedDifference) -> str:

@@ -76,19 +76,20 @@ def table_section(table: PaperTable, numbers: Mapping[Path, int]) -> Section:
 
 
 def _row(table: PaperTable, row: PaperRow, numbers: Mapping[Path, int]) -> list[Entry]:
-    cells = [
-        Entry(readable_cell(cell, table.digits), None if cell.ours is None else cell.ours.mean, _links(cell, numbers))
-        for cell in row.cells
-    ]
-    return [*map(Entry, row.words), *cells]
+    return [*map(Entry, row.words), *(_entry(table, cell, numbers) for cell in row.cells)]
 
 
-def _links(cell: PaperCell, numbers: Mapping[Path, int]) -> tuple[Link, ...]:
+def _entry(table: PaperTable, cell: PaperCell, numbers: Mapping[Path, int]) -> Entry:
+    value = None if cell.ours is None else cell.ours.mean
+    return Entry(readable_cell(cell, table.digits), value, _links(table, cell, numbers))
+
+
+def _links(table: PaperTable, cell: PaperCell, numbers: Mapping[Path, int]) -> tuple[Link, ...]:
     if cell.cell is None:
         return ()
-    values, metric = cell.cell.values, f"test/{cell.key.quantity}"
+    values = cell.cell.values
     return tuple(
-        Link(f"seed {seed}: {readable_number(values[seed], metric)}", numbers[run.folder])
+        Link(f"seed {seed}: {readable_number(values[seed], table.digits)}", numbers[run.folder])
         for seed, run in cell.cell.runs.items()
     )
 
@@ -98,18 +99,18 @@ def _words(table: PaperTable, cell: PaperCell) -> list[Entry]:
 
 
 def _comparison(table: PaperTable, cell: PaperCell) -> list[Entry]:
-    metric, found = f"test/{cell.key.quantity}", cell.paired
+    found = cell.paired
     return [
         *_words(table, cell),
-        Entry(readable_difference(found, metric), found.paired.mean),
+        Entry(readable_difference(found, table.digits), found.paired.mean),
         Entry(readable_p(found), found.paired.p_t),
-        Entry(readable_detectable(found, metric), found.detectable),
+        Entry(readable_detectable(found, table.digits), found.detectable),
     ]
 
 
 def _published(table: PaperTable, cell: PaperCell) -> list[Entry]:
     return [
         *_words(table, cell),
-        Entry(readable_against(cell.against, f"test/{cell.key.quantity}"), cell.against.difference),
+        Entry(readable_against(cell.against, table.digits), cell.against.difference),
         Entry(readable_equivalence(cell.against), cell.against.p_equivalence),
     ]

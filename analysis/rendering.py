@@ -117,7 +117,7 @@ def readable_cell(cell: Cell, metric: str) -> str:
     return f"{readable_number(summary.mean, metric)}{spread} ({summary.n})"
 
 
-def readable_difference(difference: Difference, metric: str) -> str:
+def readable_difference(difference: Difference, metric: str | int) -> str:
     """``+0.52 [+0.10, +0.94] (5)``."""
     paired = difference.paired
     if paired.mean is None:
@@ -144,18 +144,19 @@ def readable_speedup(found: Speedup | None) -> str:
     return f"{value}{interval} ({found.n}{never})"
 
 
-def readable_detectable(difference: Difference, metric: str) -> str:
+def readable_detectable(difference: Difference, metric: str | int) -> str:
     """``0.31``."""
     return NONE if difference.detectable is None else readable_number(difference.detectable, metric)
 
 
-def readable_number(value: float, metric: str) -> str:
-    """``71.23`` for a percentage, four digits of anything else."""
-    text = f"{value:.2f}" if metric.rpartition("/")[2].startswith(("top", "map")) else f"{value:.4g}"
+def readable_number(value: float, metric: str | int) -> str:
+    """``71.23`` for a percentage, four digits of any other metric; with a number so many digits after the point."""
+    digits = 2 if str(metric).rpartition("/")[2].startswith(("top", "map")) else metric
+    text = f"{value:.{digits}f}" if isinstance(digits, int) else f"{value:.4g}"
     return text.replace("-", "−")
 
 
-def readable_signed(value: float, metric: str) -> str:
+def readable_signed(value: float, metric: str | int) -> str:
     """The same of a difference: ``+0.52``."""
     text = readable_number(value, metric)
     return text if text.startswith("−") else f"+{text}"

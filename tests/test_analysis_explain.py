@@ -57,6 +57,14 @@ def test_the_runs_behind_a_number_and_their_origins(runs, capsys):
     assert commands[5].endswith("/diff-01234567.patch")
 
 
+def test_a_cell_whose_row_has_a_slash_is_found(tmp_path, capsys):
+    for start in ("deit/a-0", "deit/b-0"):
+        for method in ("vanilla", "tract"):
+            write_run(tmp_path, configuration(method=method, start_from=start), curve(0, start + method))
+    for words in ("deit/a-0 / tract", "Tract / deit/a-0"):
+        assert explained(capsys, tmp_path, words).startswith("**deit/a-0 / tract: ")
+
+
 @pytest.mark.parametrize(
     ("cell", "sentence"),
     [

@@ -24,7 +24,7 @@ from analysis.paper_rendering import comparison_rows, published_rows, readable_c
 from analysis.paper_runs import cohorts, missing, missing_sentence
 from analysis.paper_sections import paper_sections
 from analysis.paper_sets import members_of_set, table_layout
-from analysis.statistics import Summary
+from analysis.statistics import Summary, wilcoxon_p
 from experiments.config import CONF, compose_config, parse_overrides, to_tree
 from experiments.grid import load_grid, plan, points
 from experiments.training.folder import prepare_folder
@@ -482,6 +482,18 @@ def test_wilcoxon_counts_each_network_once(zoo, capsys):
         assert f"of {len(ZOO)} rows: p {stats.wilcoxon(differences).pvalue:.3g}." in remark
 
 
+def test_wilcoxon_ties_what_is_equal_to_the_rounding_of_event_files(tmp_path, capsys):
+    """Baselines of 60 to 67; differences of 0.1, and of 0.3 up and down, that float32 spoils."""
+    differences = [0.1, -0.1, 0.1, 0.3, -0.3, 0.3]
+    subjects = list(SETS["cifar100"]["subjects"].items())[: len(differences)]
+    for number, ((_, choices), difference) in enumerate(zip(subjects, differences, strict=True)):
+        for method, value in (("vanilla", 60.0 + 1.37 * number), ("tract", 60.0 + 1.37 * number + difference)):
+            config = _zoo(choices["model"], method=method)
+            write_final(tmp_path, config, {"test/top1": value, "test/top5": value})
+    (remark,) = [text for text in _table(capsys, "6", tmp_path)["remarks"] if "in top-1 on" in text]
+    assert f"of 6 rows: p {wilcoxon_p(differences):.3g}." in remark
+
+
 def test_averages_and_counts_are_those_of_the_printed_numbers(zoo, capsys, monkeypatch):
     _only(monkeypatch, ZOO)
     table = _table(capsys, "1", zoo)
@@ -601,7 +613,12 @@ def test_table_5_is_from_0_to_1(tmp_path, capsys):
     assert cells[1]["paired"]["mean"] == pytest.approx(0.01625)
     assert table["named"] == []
     tables.main(["--table", "5", "--runs", str(tmp_path)])
-    assert "| TrAct    | 0.674 ± 0.005 (2) [0.671 ± 0.004, +0.003]" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "| TrAct    | 0.674 ± 0.005 (2) [0.671 ± 0.004, +0.003]" in text
+    assert "| +0.016 [−0.031, +0.064] (2) |" in text, "the paper's whole effect is 0.012"
+    assert "| +0.003 [" in text
+    tables.main(["--table", "5", "--runs", str(tmp_path), "--explain", "TrAct"])
+    assert "| 0.670 " in capsys.readouterr().out
 
 
 # -- formats ------------------------------------------------------------------------------------

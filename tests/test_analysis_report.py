@@ -279,7 +279,7 @@ def test_every_doubt_of_the_tables_is_said_once_and_grouped(runs, page):
     named = [sentence for table in tables_of(runs) for sentence in table.named]
     groups = {text.split("\n")[1].strip(): text for text, _ in page.all("details", **{"class": "group"})}
     said = "".join(groups.values())
-    assert len(named) == 5
+    assert len(named) == 7  # two of them on runs that stand alone
     assert all(said.count(sentence) == 1 for sentence in named)
     titles = [title.rpartition(" (")[0] for title in groups]
     assert titles == [
@@ -383,6 +383,13 @@ def test_runs_of_one_experiment_alone(runs):
     assert [text for text, _ in page.all("h2")] == [
         "Experiment other", "Paper: not run yet", "Runs", "Failures and doubts", "Cost",
     ]  # fmt: skip
+    assert "one run alone" in page.all("section", id="section-4")[0][0]
+
+
+def test_where_nothing_is_doubtful_it_says_so(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "runs", configuration(seed), curve(seed, "vanilla"))
+    page = Page(_written(tmp_path / "runs"))
     assert "None: every run has finished" in page.all("section", id="section-4")[0][0]
 
 

@@ -328,6 +328,7 @@ def test_the_same_run_twice_is_named_and_not_used(runs, capsys):
         ({"commit": "fedcba9876543210"}, ("commit", "0123456789ab (5 runs)", "fedcba987654")),
         ({"dirty": True}, ("commit", "uncommitted changes")),
         ({"packages": {"torch": "2.14.0"}}, ("torch version", "2.15.0 (5 runs)", "2.14.0")),
+        ({"packages": {"torch": "2.15.0", "python": "3.12"}}, ("python version", "unknown (5 runs)", "3.12")),
         ({"hardware": {"device": "cuda"}}, ("hardware", "cpu (5 runs)", "cuda")),
     ],
 )
@@ -407,7 +408,8 @@ def test_another_baseline(whole, capsys):
 
 
 def test_without_a_baseline_there_are_no_differences(tmp_path, capsys):
-    write_run(tmp_path, configuration(method="tract"), curve(0, "tract"))
+    for seed in range(2):
+        write_run(tmp_path, configuration(seed, "tract"), curve(seed, "tract"))
     code, (table,) = _json(capsys, "--runs", tmp_path, "--strict")
     assert (code, table["baseline"]) == (0, None)
     assert "No differences" in table["caption"]
