@@ -189,5 +189,5 @@ def resized_side(size: int, ratio: float = 0.875) -> int:
 
 def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """(pixel / 255 - mean) / std per channel; uint8 in, floating point out."""
-    scaled = images.to(dtype) / 255
-    return (scaled - mean[:, None, None]) / std[:, None, None]
+    floats = images.to(dtype, copy=True)
+    return floats.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])  # in place: no memory but the result's
