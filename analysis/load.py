@@ -28,6 +28,7 @@ from analysis.identity import faults
 SLURM = "slurm"  # folders of this name hold submissions, not runs
 _FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, eight times as fast where libyaml is there
 _LONG = 8192  # characters; some 30,000 nested brackets are a segmentation fault in the fast loader
+_MOST_EPOCHS = 10**6  # of a configuration; each is counted when gaps are looked for
 _SAME = 1e-6  # relative; events are stored as float32, result.json as float64
 
 
@@ -78,7 +79,7 @@ class Run:
     @property
     def last_epoch(self) -> int:
         """The last evaluated epoch; 0 before the first."""
-        return last_evaluated(self.events)
+        return last_evaluated(self.events, self.config)
 
     @property
     def final_epoch(self) -> int:
@@ -227,6 +228,8 @@ def _config_fault(config: Any) -> str | None:
         value = config.get(key, 1 if key == "eval_every" else None)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             return f"has no whole number of at least {least} as {key}"
+    if config["epochs"] > _MOST_EPOCHS:
+        return f"has more than {_MOST_EPOCHS} as epochs"
     method = config.get("method")
     if not isinstance(method, dict) or not isinstance(method.get("name"), str):
         return "names no method"
@@ -266,7 +269,7 @@ def _state_problems(
         return [_spoiled(folder, f"failed{step}: {' '.join(str(reason).split()).rstrip('.')}", again)]
     if status == Status.unfinished:
         planned = f" of {config['epochs']}" if config else ""
-        return [_spoiled(folder, f"unfinished, last evaluated epoch {last_evaluated(events)}{planned}", again)]
+        return [_spoiled(folder, f"unfinished, last evaluated epoch {last_evaluated(events, config)}{planned}", again)]
     found = []
     if failure is not None:
         text = f"{folder}: has both result.json and failure.json; delete failure.json if the run is good."
@@ -306,19 +309,19 @@ def _duplicate_problems(folder: Path, events: EventLog) -> list[Problem]:
 
 
 def _epoch_problems(folder: Path, config: dict, events: EventLog, status: Status) -> list[Problem]:
-    found = []
+    found, most = [], config["epochs"]
     for tag, points in sorted(events.series.items()):
         if not _is_test(tag):
             continue
         seen = set(points.steps)
-        last = final_epoch(config, events) if status == Status.finished else max(seen)
+        beyond = sorted(epoch for epoch in seen if not 1 <= epoch <= most)
+        last = final_epoch(config, events) if status == Status.finished else max(seen.difference(beyond), default=0)
         missing = sorted(expected_epochs(last, config.get("eval_every", 1)) - seen)
-        beyond = sorted(epoch for epoch in seen if not 1 <= epoch <= last)
         if missing:
             text = f"{tag} is missing at epoch {_list(missing)}"
             found.append(Problem(f"{folder}: {text}; {_redo(folder)}.", spoils=last in missing))
         if beyond:
-            found.append(_spoiled(folder, f"{tag} has epoch {_list(beyond)} outside 1 to {last}", _redo(folder)))
+            found.append(_spoiled(folder, f"{tag} has epoch {_list(beyond)} outside 1 to {most}", _redo(folder)))
     if status == Status.finished and events.series and not any(_is_test(tag) for tag in events.series):
         found.append(_spoiled(folder, "finished, but without test/* points", _redo(folder)))
     return found
@@ -346,17 +349,19 @@ def final_epoch(config: dict[str, Any], events: EventLog) -> int:
     Where ``max_steps`` may have ended it earlier it is the last evaluated one; that this is
     the end is then known from ``result.json``, whose numbers must be the same.
     """
-    return config["epochs"] if config.get("max_steps") is None else last_evaluated(events)
+    return config["epochs"] if config.get("max_steps") is None else last_evaluated(events, config)
 
 
-def last_evaluated(events: EventLog) -> int:
-    """The last epoch with a ``test/*`` point; 0 before the first."""
-    return max((max(points.steps) for tag, points in events.series.items() if _is_test(tag)), default=0)
+def last_evaluated(events: EventLog, config: dict[str, Any] | None) -> int:
+    """The last epoch with a ``test/*`` point, of those that are configured; 0 before the first."""
+    most = math.inf if config is None else config["epochs"]
+    steps = (step for tag, points in events.series.items() if _is_test(tag) for step in points.steps)
+    return max((step for step in steps if 1 <= step <= most), default=0)
 
 
 def expected_epochs(last: int, every: int) -> set[int]:
-    """The epochs that are evaluated: every so many, and always the last."""
-    return {*range(every, last + 1, every), last}
+    """The epochs that are evaluated: every so many, and always the last; none where that is 0."""
+    return {*range(every, last + 1, every), *range(last, last + 1 if last else 0)}
 
 
 def _agree(logged: float | None, value: float) -> bool:

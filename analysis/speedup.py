@@ -53,7 +53,7 @@ def over_seconds(curve: Mapping[int, float], seconds: Mapping[int, float], every
         >>> over_seconds({1: 50.0, 2: 60.0}, {1: 10.0, 2: 8.0})
         {10.0: 50.0, 18.0: 60.0}
     """
-    if not curve:
+    if not curve or len(seconds) < max(curve) // every:
         return None
     epochs = sorted(expected_epochs(max(curve), every))
     if not set(curve) <= set(epochs) or epochs != sorted(epoch for epoch in seconds if epoch <= max(curve)):

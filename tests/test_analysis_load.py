@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -164,6 +165,42 @@ def test_epochs_beyond_the_end_spoil_the_run(tmp_path):
     folder = write_run(tmp_path, configuration(epochs=4), curve(0, "vanilla"), result={"metrics": {}})
     assert "epoch 5 outside 1 to 4" in load_run(folder).problems[0].text
     assert not load_run(folder).usable
+
+
+@pytest.fixture
+def little_memory():
+    """Half a GiB more than is in use, so that a test that fails does not take the machine with it."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + 2**29, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.parametrize("step", [10, 10**12, 2**62])
+@pytest.mark.parametrize(("state", "more"), [("unfinished", {}), ("finished", {}), ("finished", {"max_steps": 30})])
+def test_a_stray_step_is_named_and_counted_up_to_by_nobody(tmp_path, little_memory, state, more, step):
+    config = configuration(epochs=9 if more else 3, **more)
+    folder = write_run(tmp_path, config, curve(0, "vanilla", 3), finished=state == "finished")
+    _log(folder, step, 1.0)
+    _log(folder, 0, 1.0)
+    run = load_run(folder)
+    *before, named = run.problems
+    assert f"test/top1 has epoch 0 and {step} outside 1 to {config['epochs']};" in named.text
+    assert (len(before), run.usable, run.last_epoch) == (state == "unfinished", False, 3)
+
+
+def test_a_run_of_nothing_but_stray_steps_has_no_last_epoch(tmp_path):
+    folder = write_run(tmp_path, configuration(), [], finished=False)
+    _log(folder, 6, 1.0)
+    run = load_run(folder)
+    assert ["last evaluated epoch 0 of 5" in run.problems[0].text, len(run.problems), run.last_epoch] == [True, 2, 0]
+
+
+@pytest.mark.parametrize("epochs", [10**6 + 1, 10**15])
+def test_more_epochs_than_can_be_counted_are_refused(good, little_memory, epochs):
+    _rewrite(good / "config.yaml", epochs=epochs)
+    _only_problem(good, "config.yaml has more than 1000000 as epochs")
 
 
 @pytest.mark.parametrize(("every", "epochs"), [(2, (2, 4, 5)), (3, (3, 5)), (9, (5,))])

@@ -254,6 +254,7 @@ def test_seconds_are_cumulated_over_the_evaluated_epochs():
         ({1: 50.0, 2: 60.0}, {1: 3.0}, 1),
         ({1: 50.0, 2: 60.0}, {2: 3.0}, 1),
         ({1: 50.0, 3: 60.0}, {1: 3.0, 3: 3.0}, 1),  # epoch 2 is missing in both
+        ({1: 50.0, 2**62: 60.0}, {1: 3.0, 2**62: 3.0}, 1),  # nobody counts so far
         ({2: 50.0, 4: 60.0}, {2: 3.0, 4: 3.0}, 1),  # evaluated every two epochs, which the caller must say
         ({2: 50.0, 4: 60.0}, {1: 3.0, 2: 3.0, 3: 3.0, 4: 3.0}, 2),  # seconds of other evaluations
         ({1: 40.0, 2: 50.0, 4: 60.0}, {2: 3.0, 4: 3.0}, 2),
