@@ -191,6 +191,7 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
     if config is not None:
         mixed = faults(folder, config, result, attempts, events.files)
         problems += [_spoiled(folder, fault, "restore it from a copy, or delete it and train anew") for fault in mixed]
+        problems += _place_problems(folder, config)
         problems += _epoch_problems(folder, config, events, status)
     if config is not None and result is not None:
         problems += _result_problems(folder, config, result, events)
@@ -306,6 +307,14 @@ def _duplicate_problems(folder: Path, events: EventLog) -> list[Problem]:
             text = f"duplicate points of {tag} at {unit} {_list(steps)}; the last of each is used, {_redo(folder)}"
             found.append(Problem(f"{folder}: {text}.", spoils=False))
     return found
+
+
+def _place_problems(folder: Path, config: dict) -> list[Problem]:
+    said = config.get("experiment", folder.parent.name)
+    if said == folder.parent.name:
+        return []
+    text = f"config.yaml says experiment {said}, but the run lies under {folder.parent.name}"
+    return [_spoiled(folder, text, f"move it to {folder.parent.parent / str(said)}/")]
 
 
 def _epoch_problems(folder: Path, config: dict, events: EventLog, status: Status) -> list[Problem]:

@@ -97,6 +97,7 @@ def write_final(runs, config, metrics, attempts=(ATTEMPT,)):
 
 
 def _begin(runs, config, attempts, experiment):
+    config = config | {"experiment": experiment}
     folder = Path(runs) / experiment / folder_name(config)
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config))

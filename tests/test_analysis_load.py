@@ -243,6 +243,22 @@ def test_a_config_changed_after_the_start_spoils_the_run(tmp_path, change):
     assert not load_run(folder).usable
 
 
+def test_a_run_under_another_experiment_is_named_with_its_place(good):
+    _rewrite(good / "config.yaml", experiment="other")
+    _only_problem(good, "says experiment other", "under demo", f"move it to {good.parents[1]}/other/")
+    moved = good.parents[1] / "other" / good.name
+    moved.parent.mkdir()
+    good.rename(moved)
+    assert load_run(moved).problems == ()
+
+
+def test_a_config_without_an_experiment_is_of_any(good):
+    content = yaml.safe_load((good / "config.yaml").read_text())
+    del content["experiment"]
+    (good / "config.yaml").write_text(yaml.safe_dump(content))
+    assert load_run(good).problems == ()
+
+
 def test_another_machines_runtime_is_no_change(good):
     _rewrite(good / "config.yaml", runtime={"workers": 9, "data_dir": "data"})
     assert load_run(good).problems == ()

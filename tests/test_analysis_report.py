@@ -357,7 +357,7 @@ def test_hostile_words_stay_words(tmp_path):
     runs = tmp_path / "runs"
     attempt = ATTEMPT | {"commit": "<b>", "command": HOSTILE, "hardware": {"device": HOSTILE}, "world_size": HOSTILE}
     for seed, method in ((0, "vanilla"), (0, HOSTILE), (1, HOSTILE)):
-        config = configuration(seed, method, lr=seed, note=HOSTILE)
+        config = configuration(seed, method, lr=seed, note=HOSTILE) | {"experiment": "<i>"}
         config["optim"][HOSTILE] = method
         config["model"]["name"] = "safe"
         folder = write_run(runs, {**config, "method": {"name": "m"}}, [70.0] * 5, attempts=(attempt,), experiment="<i>")
