@@ -343,12 +343,18 @@ def _result_problems(folder: Path, config: dict, result: dict, events: EventLog)
         text = f"result.json says {epochs} epochs, config.yaml {config['epochs']}"
         found.append(_spoiled(folder, text, _redo(folder)))
     metrics = result.get("metrics")
-    for tag, value in sorted(metrics.items() if isinstance(metrics, dict) else ()):
-        logged = events.by_step(tag).get(final_epoch(config, events))
-        comparable = tag in events.series and not tag.startswith("train/") and isinstance(value, int | float)
+    final = final_epoch(config, events)
+    said = {tag: value for tag, value in metrics.items() if tag in events.series} if isinstance(metrics, dict) else {}
+    for tag, value in sorted(said.items()):
+        logged = events.by_step(tag).get(final)
+        comparable = _is_test(tag) or (_is_number(value) and not tag.startswith("train/"))
         if comparable and not _agree(logged, value):
-            text = f"final {tag} is {logged} in the events but {value} in result.json"
+            text = f"final {tag} is {logged} in the events but {json.dumps(value)} in result.json"
             found.append(_spoiled(folder, text, _redo(folder)))
+    if not any(map(_is_test, said)) and events.series:
+        text = "result.json has no test/* metric to compare the events with"
+        alone = "" if config.get("max_steps") is None else ", which alone says where a run with max_steps ends"
+        found.append(Problem(f"{folder}: {text}{alone}; {_redo(folder)}.", spoils=bool(alone)))
     return found
 
 
@@ -373,10 +379,14 @@ def expected_epochs(last: int, every: int) -> set[int]:
     return {*range(every, last + 1, every), *range(last, last + 1 if last else 0)}
 
 
-def _agree(logged: float | None, value: float) -> bool:
-    if logged is None:
+def _agree(logged: float | None, value: Any) -> bool:
+    if logged is None or not _is_number(value):
         return False
     return math.isclose(logged, value, rel_tol=_SAME, abs_tol=1e-9) or (math.isnan(logged) and math.isnan(value))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_test(tag: str) -> bool:

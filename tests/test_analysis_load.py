@@ -148,7 +148,7 @@ def test_duplicate_epochs_are_named_and_the_last_is_used(tmp_path):
 
 
 def test_missing_epochs_are_named(tmp_path):
-    folder = write_run(tmp_path, configuration(epochs=3), [])
+    folder = write_run(tmp_path, configuration(epochs=3), [], result={"metrics": {"test/top1": 52.0}})
     for epoch, value in ((1, 50.0), (3, 52.0)):
         _log(folder, epoch, value)
     _only_problem(folder, "test/top1 is missing at epoch 2", spoils=False)
@@ -223,6 +223,26 @@ def test_a_run_ended_by_max_steps_is_whole_if_it_agrees_with_its_result(tmp_path
 def test_a_final_value_that_differs_from_the_result_is_named(good):
     _rewrite(good / "result.json", metrics={"test/top1": curve(0, "vanilla")[-1] + 0.01})
     _only_problem(good, "final test/top1 is", "in result.json")
+
+
+@pytest.mark.parametrize("value", [str(curve(0, "vanilla")[-1]), None, True, [1.0], {}])
+def test_a_final_value_that_is_no_number_is_named(good, value):
+    _rewrite(good / "result.json", metrics={"test/top1": value})
+    _only_problem(good, "final test/top1 is", f"but {json.dumps(value)} in result.json")
+
+
+@pytest.mark.parametrize("content", [{}, {"metrics": {}}, {"metrics": 5}, {"metrics": {"train/loss": 1.0}}])
+def test_a_result_that_confirms_nothing_is_named(good, tmp_path, content):
+    (good / "result.json").write_text(json.dumps(content))
+    _only_problem(good, "no test/* metric to compare the events with", spoils=False)
+    folder = write_run(tmp_path / "ended", configuration(epochs=9, max_steps=30), curve(0, "vanilla", 3))
+    (folder / "result.json").write_text(json.dumps(content))
+    _only_problem(folder, "alone says where a run with max_steps ends")
+
+
+def test_one_tag_alone_may_be_confirmed(good):
+    _rewrite(good / "result.json", metrics={"test/loss": 1 - curve(0, "vanilla")[-1] / 100, "test/other": "x"})
+    assert load_run(good).problems == ()
 
 
 def test_a_result_of_another_length_is_named(good):
