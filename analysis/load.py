@@ -193,6 +193,7 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
         problems += [_spoiled(folder, fault, "restore it from a copy, or delete it and train anew") for fault in mixed]
         problems += _place_problems(folder, config)
         problems += _epoch_problems(folder, config, events, status)
+        problems += _curve_problems(folder, config, events, status)
     if config is not None and result is not None:
         problems += _result_problems(folder, config, result, events)
     return Run(folder, experiment, config, result, failure, status, events, attempts, tuple(problems))
@@ -333,6 +334,20 @@ def _epoch_problems(folder: Path, config: dict, events: EventLog, status: Status
             found.append(_spoiled(folder, f"{tag} has epoch {_list(beyond)} outside 1 to {most}", _redo(folder)))
     if status == Status.finished and events.series and not any(_is_test(tag) for tag in events.series):
         found.append(_spoiled(folder, "finished, but without test/* points", _redo(folder)))
+    return found
+
+
+def _curve_problems(folder: Path, config: dict, events: EventLog, status: Status) -> list[Problem]:
+    """Points that are not finite; a final one is named where it would enter a mean."""
+    final = final_epoch(config, events) if status == Status.finished else None
+    found = []
+    for tag in sorted(filter(_is_test, events.series)):
+        wrong = {epoch: value for epoch, value in events.by_step(tag).items() if not math.isfinite(value)}
+        wrong.pop(final, None)
+        if wrong:
+            values = " or ".join(sorted({f"{value}" for value in wrong.values()}))
+            text = f"{tag} is {values} at epoch {_list(list(wrong))}"
+            found.append(Problem(f"{folder}: {text}; its curve has a gap there, look into its log.", spoils=False))
     return found
 
 

@@ -3,6 +3,7 @@
 import builtins
 import io
 import json
+import math
 import os
 import resource
 import shutil
@@ -238,6 +239,19 @@ def test_a_result_that_confirms_nothing_is_named(good, tmp_path, content):
     folder = write_run(tmp_path / "ended", configuration(epochs=9, max_steps=30), curve(0, "vanilla", 3))
     (folder / "result.json").write_text(json.dumps(content))
     _only_problem(folder, "alone says where a run with max_steps ends")
+
+
+def test_points_in_the_middle_that_are_not_finite_are_named(tmp_path):
+    values = [70.0, math.inf, math.nan, 71.0, 72.0]
+    folder = write_run(tmp_path, configuration(), values)
+    loss, top1 = load_run(folder).problems
+    assert f"{folder}: test/top1 is inf or nan at epoch 2 and 3; " in top1.text
+    assert f"{folder}: test/loss is -inf or nan at epoch 2 and 3; " in loss.text
+    assert load_run(folder).usable
+
+
+def test_a_final_point_that_is_not_finite_is_named_by_the_table_alone(tmp_path):
+    assert load_run(write_run(tmp_path, configuration(), [70.0] * 4 + [math.nan])).problems == ()
 
 
 def test_one_tag_alone_may_be_confirmed(good):
