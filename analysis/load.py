@@ -12,6 +12,7 @@ import json
 import math
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -29,6 +30,7 @@ SLURM = "slurm"  # folders of this name hold submissions, not runs
 _FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, eight times as fast where libyaml is there
 _LONG = 8192  # characters; some 30,000 nested brackets are a segmentation fault in the fast loader
 _MOST_EPOCHS = 10**6  # of a configuration; each is counted when gaps are looked for
+_TOO_LARGE = f"has a whole number beyond {sys.float_info.max:.1e}"
 _SAME = 1e-6  # relative; events are stored as float32, result.json as float64
 
 
@@ -226,6 +228,8 @@ def read_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
 def _config_fault(config: Any) -> str | None:
     if not isinstance(config, dict):
         return "is not a mapping"
+    if beyond_floats(config):
+        return _TOO_LARGE
     for key, least in (("seed", 0), ("epochs", 1), ("eval_every", 1)):
         value = config.get(key, 1 if key == "eval_every" else None)
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -239,16 +243,33 @@ def _config_fault(config: Any) -> str | None:
 
 
 def _read_json(folder: Path, name: str, problems: list[Problem], spoils: bool) -> dict[str, Any] | None:
+    wrong = "cannot be read"
     try:
         content = json.loads((folder / name).read_text(encoding="utf-8"))
+        wrong = _TOO_LARGE if beyond_floats(content) else None if isinstance(content, dict) else wrong
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError):
-        content = None
-    if isinstance(content, dict):
+        pass
+    if wrong is None:
         return content
-    problems.append(Problem(f"{folder}: {name} cannot be read; {_redo(folder)}.", spoils))
+    problems.append(Problem(f"{folder}: {name} {wrong}; {_redo(folder)}.", spoils))
     return None
+
+
+def beyond_floats(tree: Any) -> bool:
+    """Whether what a JSON or YAML file holds has a whole number that is too large for a float.
+
+    Raises:
+        RecursionError: it holds itself, as an anchor of YAML may, or is nested too deeply to be worked with.
+
+    Example:
+        >>> beyond_floats({"lr": [0.1, 10**308]}), beyond_floats({"lr": [0.1, 10**309]})
+        (False, True)
+    """
+    if isinstance(tree, dict | list | tuple | set):
+        return any(map(beyond_floats, tree.values() if isinstance(tree, dict) else tree))
+    return isinstance(tree, int) and abs(tree) > sys.float_info.max
 
 
 def _attempts(folder: Path, provenance: dict | None, problems: list[Problem]) -> tuple[dict[str, Any], ...]:

@@ -22,6 +22,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
 from analysis import events, load
+from analysis.costs import device_hours
 from analysis.identity import begun_with, recorded
 from analysis.load import InputError, Status, load_run, load_runs
 from experiments import config as training
@@ -477,6 +478,34 @@ def test_a_record_too_large_to_be_read_is_named(good, monkeypatch):
 def test_a_config_that_yaml_stumbles_over_is_named(good, text):
     (good / "config.yaml").write_text(text)
     _only_problem(good, "config.yaml cannot be read")
+
+
+@pytest.mark.parametrize("text", ["z: &a {b: *a}", "z: &a [*a]", "z: &a [{b: [*a]}]"])
+def test_a_config_that_holds_itself_is_named(good, text):
+    with open(good / "config.yaml", "a") as file:
+        file.write(f"{text}\n")
+    _only_problem(good, "config.yaml cannot be read")
+
+
+@pytest.mark.parametrize("change", [{"seed": 10**400}, {"optim": {"lr": -(10**400)}}, {"z": [{"a": [10**309]}]}])
+def test_a_config_with_a_number_beyond_all_floats_is_named(good, change):
+    content = yaml.safe_load((good / "config.yaml").read_text())
+    (good / "config.yaml").write_text(yaml.safe_dump(content | change))
+    _only_problem(good, "config.yaml has a whole number beyond 1.8e+308")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "spoils"),
+    [
+        ("result.json", {"metrics": {"test/top1": 10**400}}, True),
+        ("result.json", {"seconds": 10**400}, True),
+        ("provenance.json", {"attempts": [{"world_size": 10**400}]}, False),
+    ],
+)
+def test_json_with_a_number_beyond_all_floats_is_named(good, name, content, spoils):
+    (good / name).write_text(json.dumps(content))
+    run = _only_problem(good, f"{name} has a whole number beyond 1.8e+308", spoils=spoils)
+    assert device_hours(run) is None
 
 
 def test_json_that_is_nested_without_end_is_named(good):
