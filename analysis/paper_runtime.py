@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from analysis.grouping import ABSENT, flatten, plain
-from analysis.load import InputError
+from analysis.load import InputError, beyond_floats
 from analysis.paper import BASELINE, RUNTIME, Key, PaperCell, PaperRow, PaperTable, published_number
 from analysis.paper_sets import table_layout
 from analysis.statistics import Summary
 
 _TITLE = "run time of a whole training with and without TrAct"
 _KEYS = ((BASELINE, "seconds"), ("tract", "seconds"), ("tract", "overhead"))
+_ORIGIN = ("sizes", "hardware", "packages")
 _DIGITS = 2
 
 
@@ -52,11 +54,19 @@ def build_runtime_table(file: Path | None) -> PaperTable:
 def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if isinstance(content, dict) and isinstance(content.get("settings"), dict):
-        return content
+        if not beyond_floats(content) and all(isinstance(part, dict) for part in _parts(content)):
+            return content
+    except (OSError, ValueError, RecursionError, AttributeError):
+        pass
     raise InputError(f"expected --runtime to be what experiments/runtime.py --out wrote, got {file}; measure it again.")
+
+
+def _parts(content: dict) -> Iterator[Any]:
+    """All that has to be a mapping."""
+    yield content.get("settings")
+    yield from (content.get(key, {}) for key in _ORIGIN)
+    for measured in content["settings"].values():
+        yield from (measured, measured.get("config", {}))
 
 
 def _blocks(subject: str, spec: dict, content: dict, file: Path | None, named: list[str]) -> np.ndarray | None:
@@ -64,7 +74,7 @@ def _blocks(subject: str, spec: dict, content: dict, file: Path | None, named: l
     measured = content["settings"].get(spec["setting"])
     if measured is None:
         return None
-    flat = flatten(measured.get("config") or {}) if isinstance(measured, dict) else {}
+    flat = flatten(measured.get("config", {}))
     wrong = {key: value for key, value in flatten(spec["recipe"]).items() if flat.get(key, ABSENT) != value}
     if wrong:
         words = ", ".join(
@@ -104,7 +114,7 @@ def _cell(key: Key, blocks: np.ndarray | None, steps: int) -> PaperCell:
 
 
 def _origin(content: dict) -> str:
-    sizes, hardware, packages = (content.get(key) or {} for key in ("sizes", "hardware", "packages"))
+    sizes, hardware, packages = (content.get(key, {}) for key in _ORIGIN)
     blocks, steps = sizes.get("blocks", "?"), sizes.get("steps", "?")
     return (
         f"Measured on {hardware.get('device', 'unknown hardware')}, {hardware.get('threads', '?')} CPU threads, torch "

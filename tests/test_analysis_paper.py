@@ -779,3 +779,23 @@ def test_damaged_run_times_are_one_sentence(tmp_path, capsys, damage):
     file.write_text(json.dumps({"settings": {"cifar_vit": _measured() | damage}}))
     assert tables.main(["--table", "runtime", "--runtime", str(file)]) == 2
     assert "cifar_vit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        5,
+        {"settings": [1]},
+        {"settings": {"cifar_vit": 5}},
+        {"settings": {"cifar_vit": {"config": 5}}},
+        {"settings": {}, "sizes": 5},
+        {"settings": {}, "hardware": [1]},
+        {"settings": {"cifar_vit": {"vanilla": [10**400], "tract": [1], "config": {}}}},
+    ],
+)
+def test_what_is_no_measurement_of_run_times_is_one_sentence(tmp_path, capsys, content):
+    file = tmp_path / "runtime.json"
+    file.write_text(json.dumps(content))
+    assert tables.main(["--table", "runtime", "--runtime", str(file)]) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), f"got {file}; measure it again." in error) == (1, True)
