@@ -7,6 +7,7 @@ that differs between runs makes rows, so that no two configurations share a mean
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,10 +27,11 @@ _RESERVED = (
     "runs",
     "baseline",
 )
+_RESERVED_BEGINNINGS = ("difference_", "speedup_")
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key; lists become their JSON text, and 1.0 is 1.
+    """Nested settings by dotted key; lists become their JSON text, 1.0 is 1, infinity a word.
 
     Example:
         >>> flatten({"a": 1, "b": {"c": [2]}})
@@ -45,8 +47,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _canonical(value: Any) -> Any:
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value, default=str)
 
 
@@ -94,9 +96,14 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     candidates = {key: _candidates(key) for key in keys}
     names = {}
     for key, own in candidates.items():
-        others = {name for other in keys if other != key for name in candidates[other]} | set(_RESERVED)
-        names[key] = next((name for name in own if name not in others), key)
+        others = {name for other in keys if other != key for name in candidates[other]}
+        whole = f"config.{key}" if _reserved(key) else key
+        names[key] = next((name for name in own if name not in others and not _reserved(name)), whole)
     return names
+
+
+def _reserved(name: str) -> bool:
+    return name in _RESERVED or name.startswith(_RESERVED_BEGINNINGS)
 
 
 def _candidates(key: str) -> list[str]:

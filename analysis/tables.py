@@ -142,8 +142,7 @@ def tables_from(
 
 def headline_of(runs: Sequence[Run]) -> str:
     """The tag that these runs are known by, as most of their results say; ``test/top1`` where none does."""
-    said = Counter(run.result.get("headline") for run in runs if run.result is not None)
-    said.pop(None, None)
+    said = Counter(tag for run in runs if isinstance(tag := (run.result or {}).get("headline"), str))
     return max(said, key=said.get, default="test/top1")
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -180,6 +181,24 @@ def test_without_a_metric_each_experiment_shows_what_its_runs_are_known_by(tmp_p
     _, found = _json(capsys, "--runs", tmp_path)
     assert [table["metric"] for table in found] == ["test/top1", "test/loss"]
     assert [table["rows"][0]["cells"][0]["mean"] for table in found] == [50.0, 0.5]
+
+
+@pytest.mark.parametrize("headline", [["x"], {}, 5, None])
+def test_what_is_no_tag_is_no_headline(tmp_path, capsys, headline):
+    for seed in range(3):
+        result = {"headline": headline if seed else "test/loss"}
+        write_run(tmp_path, configuration(seed), [50.0] * 5, result=result)
+    assert _json(capsys, "--runs", tmp_path)[1][0]["metric"] == "test/loss"
+
+
+@pytest.mark.parametrize("lr", [math.inf, -math.inf, math.nan])
+def test_a_setting_that_is_not_finite_is_a_word(tmp_path, capsys, lr):
+    write_run(tmp_path, configuration(lr=lr), curve(0, "vanilla"))
+    write_run(tmp_path, configuration(method={"name": "tract", "lambda_": lr}), curve(0, "tract"))
+    write_run(tmp_path, configuration(method={"name": "tract", "lambda_": 0.1}), curve(0, "tract"))
+    _, (table,) = _json(capsys, "--runs", tmp_path)
+    assert {row["settings"]["lr"] for row in table["rows"]} == {0.1, str(lr)}
+    assert table["methods"] == ["vanilla", "tract lambda_=0.1", f"tract lambda_={lr}"]
 
 
 def test_best_epoch_of_a_loss_is_the_smallest(whole, capsys):
@@ -394,6 +413,17 @@ def test_a_setting_within_one_model_makes_its_own_rows(tmp_path, capsys):
 def test_names_are_short_but_unique():
     keys = ["model.name", "optim.lr", "schedule.lr", "optim.name", "epochs", "data.values"]
     assert list(short_names(keys).values()) == ["model", "optim.lr", "schedule.lr", "optim", "epochs", "data.values"]
+    assert short_names(["lr", "optim.lr"]) == {"lr": "lr", "optim.lr": "optim.lr"}
+
+
+@pytest.mark.parametrize("word", ["difference_mean", "speedup_epochs_n", "n"])
+def test_a_setting_called_like_a_column_has_a_column_of_its_own(tmp_path, capsys, word):
+    for seed in range(2):
+        write_run(tmp_path, configuration(seed, **{word: seed}), [1.0] * 5)
+    tables.main(["--runs", str(tmp_path), "--format", "csv", "--speedup"])
+    head = capsys.readouterr().out.splitlines()[0].split(",")
+    assert f"config.{word}" in head
+    assert len(head) == len(set(head))
 
 
 def test_labels_tell_variants_apart_and_nothing_else():
