@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from analysis.comparison import Cell
 from analysis.load import InputError
@@ -40,6 +42,7 @@ _STYLE = {
     "pdf.fonttype": 42,
     "text.parse_math": False,  # a name with two dollars is no formula
 }
+_NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
 EARLY = 0.2  # share of the epochs that may lie below the panel, so that the ends can be told apart
 
 
@@ -115,6 +118,14 @@ def bottom(axes: Axes, curves: Sequence[Curve], early: float = EARLY) -> float |
     return min(late) - 0.25 * (top - min(late)) if late and top > min(late) else None
 
 
+def make_drawable(figure: Figure) -> None:
+    """Replace what no font and no SVG can hold (control characters, halves of pairs) in all texts of a figure."""
+    for text in figure.findobj(Text):
+        drawable = _NOT_IN_XML.sub("\ufffd", text.get_text())
+        if drawable != text.get_text():
+            text.set_text(drawable)
+
+
 def target_of(out: Path, name: str, figures: int) -> Path:
     """A figure's path without its suffix.
 
@@ -140,6 +151,7 @@ def write(figure: Figure, target: Path) -> list[Path]:
         InputError: the place cannot be written to.
     """
     paths = [target.with_name(target.name + suffix) for suffix in SUFFIXES]
+    make_drawable(figure)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with in_style():

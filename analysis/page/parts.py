@@ -11,6 +11,7 @@ import matplotlib as mpl
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from analysis.drawing import make_drawable
 from analysis.grouping import ABSENT
 
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
@@ -112,6 +113,7 @@ def picture(figure: Figure, name: str, alt: str) -> Picture:
         name: unique on the page; every id in the figure begins with it.
         alt: what the figure shows, in words.
     """
+    make_drawable(figure)
     text = io.BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
