@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ from analysis.cache import Cache, default_folder
 from analysis.load import InputError, nearest
 
 EXIT_BAD_INPUT = 2
+EXIT_NO_READER = 141  # 128 + SIGPIPE, as a shell reports it of other programs
 
 
 class Parser(argparse.ArgumentParser):
@@ -52,9 +54,27 @@ def chosen_cache(options: argparse.Namespace) -> Cache | None:
 
 
 def exit_code(command: Callable[[], int]) -> int:
-    """The command's exit code; bad input is one sentence and 2."""
+    r"""The command's exit code; bad input is one sentence and 2, as is output that cannot be written.
+
+    A reader who has seen enough (``| head``) ends it quietly. What the output's encoding lacks is printed as
+    an escape such as ``\u2013``.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        code = command()
+        print(end="", flush=True)
+        return code
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return _refused(str(error))
+    except BrokenPipeError:
+        return EXIT_NO_READER
+    except OSError as error:
+        if error.filename is not None:  # of no file: it was the output
+            raise
+        return _refused(f"expected an output that can be written, got one that cannot ({error.strerror}); use --out.")
+
+
+def _refused(sentence: str) -> int:
+    print(f"error: {sentence}", file=sys.stderr)
+    return EXIT_BAD_INPUT

@@ -35,7 +35,7 @@ def render(tables: Sequence[Table], form: str) -> str:
     if form == "csv":
         return to_csv(tables)
     if form == "json":
-        return json.dumps([to_plain(table) for table in tables], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return json.dumps([to_plain(table) for table in tables], indent=1, allow_nan=False) + "\n"
     return "\n".join((to_markdown if form == "md" else to_latex)(table) for table in tables)
 
 

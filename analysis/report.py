@@ -15,6 +15,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -100,7 +101,7 @@ def _run(options: argparse.Namespace) -> int:
     _require_place(options.out)
     page = render_page(head_of(collection, options.runs), sections(collection), [packed(r) for r in collection.all])
     try:
-        options.out.write_text(page, encoding="utf-8")
+        options.out.write_text(page, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise _no_place(options.out, error.strerror) from None
     print(options.out)
@@ -255,7 +256,7 @@ def _pictures(table: Table) -> tuple[Picture, ...]:
         f"({', '.join(table.methods)}), mean over seeds and a band of one sample standard deviation."
     )
     try:
-        return (picture(figure, f"figure-{table.experiment.encode().hex()}", alt),)
+        return (picture(figure, f"figure-{os.fsencode(table.experiment).hex()}", alt),)
     finally:
         plt.close(figure)
 

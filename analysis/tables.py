@@ -172,7 +172,7 @@ def _write_files(tables: dict[str, Table | PaperTable], render: Callable, form: 
         out.mkdir(parents=True, exist_ok=True)
         for name, table in tables.items():
             path = out / f"{name}.{_SUFFIX[form]}"
-            path.write_text(render([table], form), encoding="utf-8")
+            path.write_text(render([table], form), encoding="utf-8", errors="backslashreplace")
             print(path)
     except OSError as error:
         raise InputError(f"expected --out to be a folder to write to, got {out} ({error.strerror}).") from None
