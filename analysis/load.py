@@ -186,7 +186,11 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
     status = _status(folder)
     events = read_events(folder) if cache is None else cache.read_events(folder)
     attempts = _attempts(folder, provenance, problems)
-    problems += _state_problems(folder, status, failure, events, config)
+    below = _events_below(folder)
+    problems += _state_problems(folder, status, failure, events, config, below)
+    if below:
+        text = f"{folder}: event files in {', '.join(below)} are not read"
+        problems.append(Problem(f"{text}; move them up if they are of this run, and elsewhere if not.", spoils=False))
     problems += [_damage_problem(folder, damage, status) for damage in events.damages]
     problems += _skipped_problems(folder, events)
     problems += _duplicate_problems(folder, events)
@@ -199,6 +203,12 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
     if config is not None and result is not None:
         problems += _result_problems(folder, config, result, events)
     return Run(folder, experiment, config, result, failure, status, events, attempts, tuple(problems))
+
+
+def _events_below(folder: Path) -> list[str]:
+    """The subfolders that have event files."""
+    found = [parent for parent, _, names in os.walk(folder) if any("tfevents" in name for name in names)]
+    return sorted(os.path.relpath(parent, folder) for parent in found if parent != str(folder))
 
 
 def _status(folder: Path) -> Status:
@@ -283,7 +293,7 @@ def _attempts(folder: Path, provenance: dict | None, problems: list[Problem]) ->
 
 
 def _state_problems(
-    folder: Path, status: Status, failure: dict | None, events: EventLog, config: dict | None
+    folder: Path, status: Status, failure: dict | None, events: EventLog, config: dict | None, below: list[str]
 ) -> list[Problem]:
     again = _again(folder)
     if status == Status.failed:
@@ -298,7 +308,8 @@ def _state_problems(
         text = f"{folder}: has both result.json and failure.json; delete failure.json if the run is good."
         found.append(Problem(text, spoils=False))
     if not events.series and not events.damages:
-        found.append(_spoiled(folder, "finished, but without events", _redo(folder)))
+        cure = "move up those in its subfolders" if below else _redo(folder)
+        found.append(_spoiled(folder, "finished, but without events", cure))
     return found
 
 
@@ -326,7 +337,7 @@ def _duplicate_problems(folder: Path, events: EventLog) -> list[Problem]:
         steps = points.repeated_steps()
         if steps:
             unit = "step" if tag.startswith("train/") else "epoch"
-            text = f"duplicate points of {tag} at {unit} {_list(steps)}; the last of each is used, {_redo(folder)}"
+            text = f"duplicate points of {tag} at {unit} {_list(steps)}; the last of each is taken as the point, {_redo(folder)}"
             found.append(Problem(f"{folder}: {text}.", spoils=False))
     return found
 

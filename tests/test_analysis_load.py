@@ -24,7 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from analysis import events, load
 from analysis.costs import device_hours
 from analysis.identity import begun_with, recorded
-from analysis.load import InputError, Status, load_run, load_runs
+from analysis.load import InputError, Problem, Status, load_run, load_runs
 from experiments import config as training
 from experiments.training.log import RunLog
 from tests.run_folders import ATTEMPT, configuration, curve, event_file, record_offsets, write_hparams, write_run
@@ -122,6 +122,20 @@ def test_finished_without_events_is_named(good):
     _only_problem(good, "finished, but without events")
 
 
+def test_event_files_in_a_subfolder_are_named(good):
+    _log(good / "deep" / "down", 5, 12.0)
+    run = _only_problem(good, "event files in deep/down are not read", "move them up", spoils=False)
+    assert run.final_value("test/top1") == pytest.approx(curve(0, "vanilla")[-1])
+
+
+def test_a_run_with_all_its_events_in_a_subfolder_is_not_to_be_deleted(good):
+    (good / "sub").mkdir()
+    event_file(good).rename(good / "sub" / event_file(good).name)
+    without, below = load_run(good).problems
+    assert without == Problem(f"{good}: finished, but without events; move up those in its subfolders.", spoils=True)
+    assert "event files in sub are not read" in below.text
+
+
 def test_a_truncated_event_file_is_named_at_every_byte_of_its_last_record(good):
     path = event_file(good)
     content, start = path.read_bytes(), record_offsets(path)[-2]
@@ -145,7 +159,8 @@ def test_a_flipped_bit_is_named_with_file_and_byte(good):
 def test_duplicate_epochs_are_named_and_the_last_is_used(tmp_path):
     folder = write_run(tmp_path, configuration(), curve(0, "vanilla"))
     _log(folder, 2, 12.5)
-    run = _only_problem(folder, "duplicate", "test/top1", "at epoch 2;", spoils=False)
+    words = ("duplicate", "test/top1", "at epoch 2; the last of each is taken as the point")
+    run = _only_problem(folder, *words, spoils=False)
     assert run.curve("test/top1")[2] == 12.5
 
 
