@@ -337,8 +337,8 @@ def _duplicate_problems(folder: Path, events: EventLog) -> list[Problem]:
         steps = points.repeated_steps()
         if steps:
             unit = "step" if tag.startswith("train/") else "epoch"
-            text = f"duplicate points of {tag} at {unit} {_list(steps)}; the last of each is taken as the point, {_redo(folder)}"
-            found.append(Problem(f"{folder}: {text}.", spoils=False))
+            text = f"duplicate points of {tag} at {unit} {_list(steps)}; the last of each is taken as the point"
+            found.append(Problem(f"{folder}: {text}, {_redo(folder)}.", spoils=False))
     return found
 
 
