@@ -263,7 +263,7 @@ def _plain_cell(column: str, cell: PaperCell) -> dict[str, Any]:
 def to_csv(tables: Sequence[PaperTable]) -> str:
     """One line per cell of all tables; lists are separated by a semicolon; an empty field is undefined."""
     text = io.StringIO()
-    names = [*_LINE, *_PUBLISHED, *(f"against_{name}" for name in _AGAINST)]
+    names = [*_LINE, "quartiles", *_PUBLISHED, *(f"against_{name}" for name in _AGAINST)]
     names += [*(f"paired_{name}" for name in DIFFERENCE_FIELDS)]
     writer = csv.DictWriter(text, names, lineterminator="\n", restval="")
     writer.writeheader()
@@ -277,7 +277,6 @@ def _csv_lines(table: PaperTable, row: PaperRow) -> Iterator[dict[str, Any]]:
     for content in _plain_row(table, row)["cells"]:
         published, paired = content.pop("published") or {}, content.pop("paired") or {}
         against = content.pop("against_published") or {}
-        content.pop("quartiles", None)
         line = {key: ";".join(map(str, value)) if isinstance(value, list) else value for key, value in content.items()}
         line |= {"table": table.name, "row": " ".join(filter(None, row.words))}
         line |= {f"published_{key}": value for key, value in published.items()}

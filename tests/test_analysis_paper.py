@@ -746,6 +746,17 @@ def test_run_times_are_medians_of_the_blocks_times_the_steps_of_a_training(tmp_p
     assert "missing: the run time of ViT-S on ImageNet, 800 epochs; ViT-B on ImageNet, 400 epochs" in sentence
 
 
+def test_csv_has_the_quartiles_of_run_times(tmp_path, capsys):
+    table = _runtime(tmp_path, capsys, cifar_vit=_measured())
+    arguments = ["--table", "runtime", "--runtime", str(tmp_path / "runtime.json"), "--format", "csv"]
+    assert tables.main(arguments) == 0
+    lines = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    cells = [cell for row in table["rows"] for cell in row["cells"]]
+    own = [[float(number) for number in filter(None, line["quartiles"].split(";"))] for line in lines]
+    assert own == [cell.get("quartiles", []) for cell in cells]
+    assert sum(map(bool, own)) == 3
+
+
 def test_the_steps_of_a_training_are_those_of_its_recipe():
     images = {"cifar_vit": 50_000, "deit_small": 1_281_167, "deit_base": 1_281_167}
     for spec in table_layout()["runtime"].values():
