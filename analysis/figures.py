@@ -125,7 +125,7 @@ def _panel(axes: Axes, table: Table, row: Row) -> None:
     axes.set_ylim(bottom=bottom(axes, [curve for curve in curves.values() if curve.epochs]))
     axes.set_title(", ".join(f"{name} = {plain(value)}" for name, value in row.settings.items()), fontsize=9)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (%)")
+    axes.set_ylabel("test accuracy (%)" if table.metric == "test/top1" else table.metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     if len(table.methods) <= _MOST_INSIDE:

@@ -22,7 +22,7 @@ from analysis import figures, tables
 from analysis.drawing import curve_of
 from analysis.grouping import method_labels, settings, short_names, varying_keys
 from analysis.rendering import latex_escape
-from tests.run_folders import ATTEMPT, configuration, curve, event_file, record_offsets, write_run
+from tests.run_folders import ATTEMPT, configuration, curve, event_file, record_offsets, write_final, write_run
 
 ROOT = Path(__file__).parents[1]
 SEEDS = range(4)
@@ -282,6 +282,28 @@ def test_a_pipe_in_a_name_does_not_break_markdown(tmp_path, capsys):
     tables.main(["--runs", str(tmp_path)])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} == {3}
+
+
+def test_a_new_line_in_a_name_does_not_break_markdown(tmp_path, capsys):
+    for name in ("a\nb", "c\r\nd"):
+        write_run(tmp_path, configuration(model="m", schedule={"name": name}), curve(0, "vanilla"))
+    write_run(tmp_path, configuration(seed=1), [1.0], finished=False).rename(tmp_path / "demo" / "e\n- f")
+    assert tables.main(["--runs", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len({line.count("|") for line in lines if "|" in line}) == 1
+    assert any(re.search(r"\| a b +\|", line) for line in lines)
+    assert sum(line.startswith("- ") for line in lines) == 2
+
+
+@pytest.mark.parametrize(("metric", "label"), [("test/top1", "test accuracy (%)"), ("test/map", "test/map")])
+def test_an_axis_is_called_by_its_metric(tmp_path, metric, label):
+    config = configuration(epochs=2, eval_every=2)
+    folder = write_final(tmp_path, config, {metric: 0.5})
+    content = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps(content | {"headline": metric}))
+    figure = figures.draw(tables.tables_of(tmp_path)[0])
+    plt.close(figure)
+    assert [axes.get_ylabel() for axes in figure.axes] == [label]
 
 
 def test_spoiled_runs_enter_no_mean_and_are_named(runs, capsys):
