@@ -400,8 +400,10 @@ def _result_problems(folder: Path, config: dict, result: dict, events: EventLog)
             found.append(_spoiled(folder, text, _redo(folder)))
     if not any(map(_is_test, said)) and events.series:
         text = "result.json has no test/* metric to compare the events with"
-        alone = "" if config.get("max_steps") is None else ", which alone says where a run with max_steps ends"
-        found.append(Problem(f"{folder}: {text}{alone}; {_redo(folder)}.", spoils=bool(alone)))
+        if config.get("max_steps") is None:
+            found.append(Problem(f"{folder}: {text}; restore it if there is a copy.", spoils=False))
+        else:
+            found.append(_spoiled(folder, f"{text}, and it alone says where max_steps ended the run", _redo(folder)))
     return found
 
 

@@ -251,10 +251,10 @@ def test_a_final_value_that_is_no_number_is_named(good, value):
 @pytest.mark.parametrize("content", [{}, {"metrics": {}}, {"metrics": 5}, {"metrics": {"train/loss": 1.0}}])
 def test_a_result_that_confirms_nothing_is_named(good, tmp_path, content):
     (good / "result.json").write_text(json.dumps(content))
-    _only_problem(good, "no test/* metric to compare the events with", spoils=False)
+    _only_problem(good, "no test/* metric to compare the events with; restore it", spoils=False)
     folder = write_run(tmp_path / "ended", configuration(epochs=9, max_steps=30), curve(0, "vanilla", 3))
     (folder / "result.json").write_text(json.dumps(content))
-    _only_problem(folder, "alone says where a run with max_steps ends")
+    _only_problem(folder, "alone says where max_steps ended the run")
 
 
 def test_points_in_the_middle_that_are_not_finite_are_named(tmp_path):
