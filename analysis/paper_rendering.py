@@ -18,6 +18,8 @@ from analysis.rendering import (
     DIFFERENCE_FIELDS,
     NONE,
     latex_escape,
+    markdown_cell,
+    one_line,
     plain_difference,
     readable_detectable,
     readable_difference,
@@ -190,12 +192,15 @@ def to_markdown(table: PaperTable) -> str:
         parts += [published_caption(table), _pipes(against, PUBLISHED_HEAD)]
     parts += table.remarks
     if table.named:
-        parts += [f"Missing or doubtful ({len(table.named)}):", "\n".join(f"- {text}" for text in table.named)]
+        parts += [
+            f"Missing or doubtful ({len(table.named)}):",
+            "\n".join(f"- {one_line(text)}" for text in table.named),
+        ]
     return "\n\n".join(parts) + "\n"
 
 
 def _pipes(rows: list[list[str]], head: list[str]) -> str:
-    escaped = [[word.replace("|", r"\|") for word in row] for row in rows]
+    escaped = [list(map(markdown_cell, row)) for row in rows]
     return tabulate(escaped, head, tablefmt="pipe", disable_numparse=True)
 
 

@@ -7,6 +7,7 @@ is the paper's run if it has also been trained by the paper's recipe.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -155,7 +156,7 @@ def _start_folder(folder: Path, start_from: str | None) -> Path | None:
     if not isinstance(start_from, str) or start_from.startswith("timm:") or start_from.endswith((".pt", ".pth")):
         return None
     base = folder.absolute().parents[1] if "/" in start_from else folder.absolute().parent
-    return base / Path(start_from).expanduser()
+    return base / os.path.expanduser(start_from)  # which leaves the home of nobody as it stands
 
 
 def _differing(

@@ -164,19 +164,21 @@ def readable_signed(value: float, metric: str | int) -> str:
 
 def to_markdown(table: Table) -> str:
     """A caption, a pipe table, and what is missing as a list."""
-    rows = [list(map(_markdown_cell, readable_row(table, row))) for row in table.rows]
-    names = list(map(_markdown_cell, header(table)))
+    rows = [list(map(markdown_cell, readable_row(table, row))) for row in table.rows]
+    names = list(map(markdown_cell, header(table)))
     body = tabulate(rows, names, tablefmt="pipe", disable_numparse=True) if rows else "(no run with a readable config)"
-    named = "".join(f"- {_one_line(sentence)}\n" for sentence in table.named)
+    named = "".join(f"- {one_line(sentence)}\n" for sentence in table.named)
     gaps = f"\nMissing or doubtful ({len(table.named)}):\n\n{named}" if named else ""
     return f"**{caption(table)}**\n\n{body}\n{gaps}"
 
 
-def _markdown_cell(text: str) -> str:
-    return _one_line(text).replace("|", r"\|")
+def markdown_cell(text: str) -> str:
+    """A text as it can stand between two bars."""
+    return one_line(text).replace("|", r"\|")
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
+    """A text without line breaks."""
     return " ".join(text.splitlines())
 
 
