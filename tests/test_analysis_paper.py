@@ -25,7 +25,7 @@ from analysis.paper_runs import cohorts, missing, missing_sentence
 from analysis.paper_sections import paper_sections
 from analysis.paper_sets import members_of_set, table_layout
 from analysis.statistics import Summary, wilcoxon_p
-from experiments.config import CONF, compose_config, parse_overrides, to_tree
+from experiments.config import compose_config, parse_overrides, to_tree
 from experiments.grid import load_grid, plan, points
 from experiments.training.folder import prepare_folder
 from tests.run_folders import ATTEMPT, write_final
@@ -240,7 +240,6 @@ def test_the_commands_for_what_is_missing_select_exactly_that(data):
     assert _comparable(selected) == _comparable(wanted * (2 if name == "deit3" else 1))
 
 
-@pytest.mark.skipif(not (CONF / "detection_voc.yaml").exists(), reason="experiments/detection_voc.py is not here yet")
 def test_the_command_of_table_5_selects_its_runs(tmp_path, capsys):
     command = re.search("`(.*)`", _table(capsys, "5", tmp_path)["named"][0])[1]
     configs = plan("detection_voc", "table5", parse_overrides(shlex.split(command)[3:]))
