@@ -57,8 +57,7 @@ def _run(options: argparse.Namespace) -> int:
         tables = tables_from(runs, metric, options.baseline, best, options.speedup)
     if options.explain is not None:
         print(explain(find(numbers_of(tables), options.explain)), end="")
-        return 0
-    if options.table is not None:
+    elif options.table is not None:
         _write(tables, [table.name.replace(" ", "-") for table in tables], render_paper, options)
     else:
         _write(tables, [_experiment_name(table) for table in tables], render, options)

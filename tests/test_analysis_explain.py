@@ -57,6 +57,11 @@ def test_the_runs_behind_a_number_and_their_origins(runs, capsys):
     assert commands[5].endswith("/diff-01234567.patch")
 
 
+def test_strict_fails_on_doubts_also_with_a_cell_explained(runs, capsys):
+    assert tables.main(["--runs", str(runs), "--explain", "big / tract", "--strict"]) == 1  # of two commits
+    assert capsys.readouterr().out.startswith("**big / tract: ")
+
+
 def test_a_cell_whose_row_has_a_slash_is_found(tmp_path, capsys):
     for start in ("deit/a-0", "deit/b-0"):
         for method in ("vanilla", "tract"):
