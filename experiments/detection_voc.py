@@ -6,8 +6,8 @@ python experiments/detection_voc.py start_from=FILE         from a VGG-16 file o
 
 VOC 2007 is downloaded (or unpacked by hand in data/: both archives make VOCdevkit/), VGG-16's weights by timm.
 The number of a run is test/map: mAP in percent by the protocol of VOC 2007 (11 recalls, overlap 0.5).
-Cost, estimated from multiply-adds at 40 % of an A100's TF32 peak: 0.4 GPU-hours a run for training, more as steps of
-one image leave a GPU waiting; evaluation adds a third of the images' forward passes per epoch. Not measured on a GPU.
+Cost, estimated from multiply-adds at 40 % of an A100's TF32 peak: 0.32 GPU-hours a run for training and 0.12 for
+evaluation after each epoch; more, as steps of one image leave a GPU waiting. Not measured on a GPU.
 Published (mAP, 2 seeds): 0.659 ± 0.005, with TrAct 0.671 ± 0.004. How the authors trained beyond "all layers" is
 not published; the recipe here is the Faster R-CNN paper's. With runtime.deterministic=true (the default) torchvision
 compiles its RoIAlign on a GPU, to have a gradient that adds up in a fixed order: the node needs a C compiler.
