@@ -17,14 +17,12 @@ JSON files are not kept: they are small, and ``CSafeLoader`` needs 0.3 ms for th
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
 import json
 import os
 import sys
-import tempfile
 from array import array
 from pathlib import Path
 
@@ -32,6 +30,7 @@ import google_crc32c
 
 from analysis import events
 from analysis.events import Damage, EventLog, Extent, Series, Skipped
+from runfolder.files import write_atomically
 
 _NAME = "tract-analysis"
 _FAILING = {errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE}  # worth a sentence; no permission is not
@@ -85,25 +84,12 @@ class Cache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(self.path_of(run), pack(log, run))
+            write_atomically(self.path_of(run), pack(log, run), durable=False)
         except OSError as error:
             self._writes = False  # once is enough
             if error.errno in _FAILING:
                 text = f"the cache {self.folder} cannot be written ({error.strerror}), so the next reading takes longer"
                 print(f"{text}; --cache DIR chooses another.", file=sys.stderr)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write beside and rename: a reader sees the old file or the new one."""
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=".")
-    try:
-        with open(handle, "wb") as file:
-            file.write(content)
-        os.replace(beside, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
 
 
 def pack(log: EventLog, run: Path) -> bytes:

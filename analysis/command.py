@@ -10,31 +10,30 @@ from pathlib import Path
 from typing import NoReturn
 
 from analysis.cache import Cache, default_folder
-from analysis.load import InputError, nearest
+from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest
 
-EXIT_BAD_INPUT = 2
 EXIT_NO_READER = 141  # 128 + SIGPIPE, as a shell reports it of other programs
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`InputError`, with the nearest flags."""
+    """An argument parser whose errors are :class:`UserError`, with the nearest flags."""
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Refuse a value."""
-        raise InputError(f"{message}; --help shows the flags.")
+        raise UserError(f"{message}; --help shows the flags.")
 
     def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
         """As ``parse_args``.
 
         Raises:
-            InputError: an unknown flag or a bad value.
+            UserError: an unknown flag or a bad value.
         """
         options, unknown = self.parse_known_args(arguments)
         for word in unknown:
-            raise InputError(f"unknown flag {word}; nearest: {nearest(word, self._option_string_actions)}.")
+            raise UserError(f"unknown flag {word}; {nearest(word, self._option_string_actions)}.")
         return options
 
 
@@ -65,7 +64,7 @@ def exit_code(command: Callable[[], int]) -> int:
         code = command()
         print(end="", flush=True)
         return code
-    except InputError as error:
+    except UserError as error:
         return _refused(str(error))
     except BrokenPipeError:
         return EXIT_NO_READER

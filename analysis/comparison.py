@@ -14,11 +14,11 @@ from analysis.grouping import ABSENT, flatten, method_labels, natural_order, pla
 from analysis.load import Run, expected_epochs
 from analysis.speedup import Speedup, over_seconds, speedup
 from analysis.statistics import PairedDifference, Summary, holm, paired_difference, smallest_detectable, summarise
+from runfolder import tags
+from runfolder.naming import AND
 
-_SECONDS = "time/epoch_seconds"
 _SHOWN = 8  # names in one sentence
 _PACKAGES = ("python", "torchvision", "numpy")  # whose versions matter beside torch's
-_SMALLER_IS_BETTER = ("loss", "seconds", "mib", "error")
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ def _value(run: Run, metric: str, best: bool) -> tuple[float, None] | tuple[None
     again = f"evaluate it again: `{run.command}`"
     if not curve:
         return None, f"{run.folder}: finished, but without {metric}; {again}."
-    if best and not metric.startswith("train/") and not _all_epochs(run) <= curve.keys():
+    if best and not tags.counts_steps(metric) and not _all_epochs(run) <= curve.keys():
         return None, f"{run.folder}: not every epoch has {metric}, so its best epoch is unknown; {again}."
     value = best_value(curve, metric) if best else run.final_value(metric)
     if value is None:
@@ -203,7 +203,7 @@ def _all_epochs(run: Run) -> set[int]:
 def best_value(curve: dict[int, float], metric: str) -> float:
     """The best point of a curve: the smallest loss, time or memory, the largest of anything else."""
     finite = [value for value in curve.values() if math.isfinite(value)]
-    choose = min if metric.endswith(_SMALLER_IS_BETTER) else max
+    choose = min if tags.smaller_is_better(metric) else max
     return choose(finite, default=math.nan)
 
 
@@ -249,7 +249,7 @@ def with_speedups(cells: dict[str, Cell], baseline: str, metric: str) -> dict[st
 
 def _curves(cell: Cell, metric: str) -> dict[int, dict[int, float]]:
     """By seed, larger being better; {} where a point of a curve is not finite."""
-    sign = -1.0 if metric.endswith(_SMALLER_IS_BETTER) else 1.0
+    sign = -1.0 if tags.smaller_is_better(metric) else 1.0
     curves = {
         seed: {epoch: sign * value for epoch, value in run.curve(metric).items()} for seed, run in cell.runs.items()
     }
@@ -265,7 +265,9 @@ def _speedups(curves: dict, reference: dict, cell: Cell, baseline: Cell) -> Spee
 
 def _over_seconds(curves: dict, cell: Cell) -> dict[int, dict[float, float]] | None:
     found = {
-        seed: over_seconds(curve, cell.runs[seed].curve(_SECONDS), cell.runs[seed].config.get("eval_every", 1))
+        seed: over_seconds(
+            curve, cell.runs[seed].curve(tags.EPOCH_SECONDS), cell.runs[seed].config.get("eval_every", 1)
+        )
         for seed, curve in curves.items()
     }
     return None if None in found.values() else found
@@ -319,6 +321,8 @@ def _row_words(row: Row) -> str:
 
 def _overrides(label: str, seeds: Sequence[int], values: dict[str, Any]) -> str:
     name, *options = label.split(" ")
+    if AND in name:
+        name = f"'[{name.replace(AND, ',')}]'"
     chosen = [f"{key.removesuffix('.name')}={plain(value)}" for key, value in values.items() if value != ABSENT]
     return " ".join(
         [f"method={name}", *(f"method.{option}" for option in options), *chosen, f"seed={','.join(map(str, seeds))}"]

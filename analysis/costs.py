@@ -16,8 +16,7 @@ from dataclasses import dataclass
 
 from analysis.comparison import hardware_of
 from analysis.load import Run
-
-_EPOCH_SECONDS = "time/epoch_seconds"
+from runfolder.tags import EPOCH_SECONDS
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def seconds_of(run: Run) -> float | None:
     whole = _whole_seconds(run)
     if whole is not None:
         return whole
-    epochs = [value for value in run.curve(_EPOCH_SECONDS).values() if _is_time(value)]
+    epochs = [value for value in run.curve(EPOCH_SECONDS).values() if _is_time(value)]
     return math.fsum(epochs) if epochs else None
 
 

@@ -15,10 +15,10 @@ import yaml
 
 from analysis.comparison import commit_of, hardware_of
 from analysis.load import Run
+from runfolder import tags
 
 MOST_POINTS = 500
 _DIGITS = 6  # significant; events hold float32, which has seven
-_SHOWN = ("test/", "train/")
 
 
 def thin(values: Sequence[float], most: int = MOST_POINTS) -> list[int]:
@@ -49,11 +49,12 @@ def curves_of(run: Run, most: int = MOST_POINTS) -> dict[str, dict[str, Any]]:
     """Each ``test/*`` and ``train/*`` curve: tests first, then by name.
 
     Returns:
-        {tag: {"x": first step and increments, "y": values, "points": number of all points,
+        {tag: {"axis": step or epoch, "x": first step and increments, "y": values, "points": number of all points,
         "infinite": number of values that are not finite and left out}}.
     """
-    tags = sorted((tag for tag in run.events.series if tag.startswith(_SHOWN)), key=lambda tag: (tag[:5], tag))
-    return {tag: _curve(run.curve(tag), most) for tag in tags}
+    shown = [tag for tag in run.events.series if tags.is_test(tag) or tags.counts_steps(tag)]
+    shown.sort(key=lambda tag: (tags.counts_steps(tag), tag))
+    return {tag: {"axis": tags.axis(tag), **_curve(run.curve(tag), most)} for tag in shown}
 
 
 def _curve(points: dict[int, float], most: int) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 
 from analysis.comparison import Cell
-from analysis.load import InputError
 from analysis.statistics import summarise
+from runfolder.errors import UserError
 
 SUFFIXES = (".png", ".pdf")
+SVG = ".svg"  # for pages: only where a file is asked for by this name
 # Okabe and Ito's colours, told apart by colour-blind readers; the baseline is black.
 COLOURS = {
     "black": "#000000",
@@ -40,6 +41,7 @@ _STYLE = {
     "grid.linewidth": 0.6,
     "legend.frameon": False,
     "pdf.fonttype": 42,
+    "svg.hashsalt": "tract",  # the same bytes each time
     "text.parse_math": False,  # a name with two dollars is no formula
 }
 _NOT_IN_XML = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, production 2
@@ -127,7 +129,7 @@ def make_drawable(figure: Figure) -> None:
 
 
 def target_of(out: Path, name: str, figures: int) -> Path:
-    """A figure's path without its suffix.
+    """A figure's path without its suffix, if that is not .svg.
 
     Args:
         out: a folder, or the file of a single figure.
@@ -135,28 +137,28 @@ def target_of(out: Path, name: str, figures: int) -> Path:
         figures: how many there are.
 
     Raises:
-        InputError: one file for several figures.
+        UserError: one file for several figures.
     """
-    if out.suffix not in SUFFIXES:
+    if out.suffix not in (*SUFFIXES, SVG):
         return out / name
     if figures > 1:
-        raise InputError(f"expected --out to be a folder for {figures} figures, got {out}; choose one of them.")
-    return out.with_suffix("")
+        raise UserError(f"expected --out to be a folder for {figures} figures, got {out}; choose one of them.")
+    return out if out.suffix == SVG else out.with_suffix("")
 
 
 def write(figure: Figure, target: Path) -> list[Path]:
-    """Write a figure in both formats; returns the paths.
+    """Write a figure as PNG and PDF, or as the SVG that is asked for; returns the paths.
 
     Raises:
-        InputError: the place cannot be written to.
+        UserError: the place cannot be written to.
     """
-    paths = [target.with_name(target.name + suffix) for suffix in SUFFIXES]
+    paths = [target] if target.suffix == SVG else [target.with_name(target.name + suffix) for suffix in SUFFIXES]
     make_drawable(figure)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with in_style():
             for path in paths:
-                figure.savefig(path, dpi=200)
+                figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix == SVG else None)
     except OSError as error:
-        raise InputError(f"expected --out to be a place to write to, got {target.parent} ({error.strerror}).") from None
+        raise UserError(f"expected --out to be a place to write to, got {target.parent} ({error.strerror}).") from None
     return paths

@@ -40,7 +40,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.util.tensor_util import make_ndarray
 
-TEMPORARY = ".tmp"  # the end of the name of what is still being written beside a file, to replace it
+from runfolder.files import TEMPORARY
+
 LARGEST = 2**24  # bytes of a record that is still parsed: room for many scalars, not for a film
 _BLOCK = 2**20
 _HEADER = struct.Struct("<QI")

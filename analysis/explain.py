@@ -13,10 +13,11 @@ from tabulate import tabulate
 from analysis.comparison import Cell, Table, commit_of, hardware_of
 from analysis.costs import device_hours
 from analysis.grouping import plain
-from analysis.load import InputError, Run, nearest
+from analysis.load import Run
 from analysis.paper import PaperTable
 from analysis.paper_rendering import readable_cell as readable_paper_cell
 from analysis.rendering import NONE, readable_cell, readable_number
+from runfolder.errors import UserError, nearest
 
 AGAIN = "again"  # a folder for runs that are made once more
 _SEPARATOR = " / "
@@ -79,7 +80,7 @@ def find(numbers: Sequence[Number], wanted: str) -> Number:
     Words are separated by ``/``, where a word holds one itself by `` / ``.
 
     Raises:
-        InputError: no such cell, or several.
+        UserError: no such cell, or several.
     """
     names = {_SEPARATOR.join(number.name): number for number in numbers}
     exact = [number for name, number in names.items() if name.casefold() == wanted.strip().casefold()]
@@ -88,8 +89,8 @@ def find(numbers: Sequence[Number], wanted: str) -> Number:
         return fitting[0]
     if fitting:
         several = "; ".join(_SEPARATOR.join(number.name) for number in fitting[:5])
-        raise InputError(f"expected --explain to name one cell, got {wanted}, which fits {len(fitting)}: {several}.")
-    raise InputError(f"no cell {wanted}; nearest: {nearest(wanted, names).replace(', ', '; ')}.")
+        raise UserError(f"expected --explain to name one cell, got {wanted}, which fits {len(fitting)}: {several}.")
+    raise UserError(f"no cell {wanted}; {nearest(wanted, names).replace(', ', '; ')}.")
 
 
 def _with_words(numbers: Iterable[Number], words: Sequence[str]) -> list[Number]:
@@ -153,6 +154,6 @@ def _again(run: Run) -> list[str]:
     target = shlex.quote(f"{AGAIN}/{run.experiment}/{run.folder.name}")
     return [
         f"mkdir -p {target}",
-        f"cp {shlex.quote(str(run.folder / 'config.yaml'))} {target}/",
+        f"cp {shlex.quote(str(run.folder.config))} {target}/",
         f"python experiments/{run.experiment}.py --resume {target}",
     ]

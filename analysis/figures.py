@@ -3,9 +3,10 @@
     python analysis/figures.py --runs runs --experiment cifar_resnet --out figures
     python analysis/figures.py --figure 3
 
-One figure per experiment, as PNG and PDF: a panel per row of its table, a line per method (mean
-over seeds) and a band of one sample standard deviation to either side. With --figure instead
-the figures 3 to 12 of arXiv 2410.23970, one or all, as far as there are runs of them.
+One figure per experiment, as PNG and PDF (with --out FILE.svg as SVG): a panel per row of its
+table, a line per method (mean over seeds) and a band of one sample standard deviation to either
+side. With --figure instead the figures 3 to 12 of arXiv 2410.23970, one or all, as far as there
+are runs of them.
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Row, Table
 from analysis.drawing import EARLY, bottom, curve_of, in_style, mean_line, nth_style, target_of, write
 from analysis.grouping import plain
-from analysis.load import InputError
 from analysis.paper_figures import ALL, draw_figure, figure_names, runs_for
 from analysis.tables import EXIT_NAMED, tables_of
+from runfolder import tags
+from runfolder.errors import UserError
 
 _PANEL = (3.6, 2.8)  # inches
 _MOST_COLUMNS = 3
@@ -64,7 +66,7 @@ def _of_experiments(options: argparse.Namespace) -> list[str]:
 
 def _of_the_paper(options: argparse.Namespace) -> list[str]:
     if options.experiment is not None:
-        raise InputError("expected --experiment or --figure, got both; a figure of the paper has its own experiment.")
+        raise UserError("expected --experiment or --figure, got both; a figure of the paper has its own experiment.")
     names = figure_names() if options.figure == ALL else [options.figure]
     runs = runs_for(names, options.runs, chosen_cache(options))
     targets = {name: target_of(options.out, f"figure{name}", len(names)) for name in names}
@@ -82,7 +84,7 @@ def _parser() -> Parser:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
     parser.add_argument("--figure", help=f"one of the paper's, {', '.join(figure_names())} or {ALL}")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder or file name (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder, or file (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
     add_cache_flags(parser)
     return parser
@@ -110,8 +112,9 @@ def draw(table: Table) -> Figure:
         for axes in grid.flat[len(rows) :]:
             axes.remove()
         spread = f"{table.experiment}: {table.metric}, mean ± one sample standard deviation"
-        title = f"{spread}; the first {EARLY:.0%} of the epochs may lie below a panel"
-        figure.suptitle(textwrap.fill(title, int(_LETTERS * size[0])), fontsize=9)
+        early = f"the first {EARLY:.0%} of the epochs may lie below a panel"
+        title = [textwrap.fill(part, int(_LETTERS * size[0])) for part in (spread, early)]
+        figure.suptitle("\n".join(title), fontsize=9)
     return figure
 
 
@@ -125,7 +128,7 @@ def _panel(axes: Axes, table: Table, row: Row) -> None:
     axes.set_ylim(bottom=bottom(axes, [curve for curve in curves.values() if curve.epochs]))
     axes.set_title(", ".join(f"{name} = {plain(value)}" for name, value in row.settings.items()), fontsize=9)
     axes.set_xlabel("epoch")
-    axes.set_ylabel("test accuracy (%)" if table.metric == "test/top1" else table.metric)
+    axes.set_ylabel("test accuracy (%)" if table.metric == tags.TOP1 else table.metric)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     if len(table.methods) <= _MOST_INSIDE:

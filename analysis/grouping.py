@@ -11,6 +11,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from runfolder import naming
+
 ABSENT = "–"  # a setting that this configuration does not have
 _NOT_SETTINGS = ("experiment", "seed", "runtime", "method")
 # Columns that a CSV file has beside the settings.
@@ -30,20 +32,14 @@ _RESERVED = (
 _RESERVED_BEGINNINGS = ("difference_", "speedup_")
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any]) -> dict[str, Any]:
     """Nested settings by dotted key; lists become their JSON text, 1.0 is 1, infinity a word.
 
     Example:
         >>> flatten({"a": 1, "b": {"c": [2]}})
         {'a': 1, 'b.c': '[2]'}
     """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = _canonical(value)
-    return flat
+    return {key: _canonical(value) for key, value in naming.flatten(tree).items()}
 
 
 def _canonical(value: Any) -> Any:

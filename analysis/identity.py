@@ -1,14 +1,13 @@
 """Whether the parts of a run folder are parts of one run.
 
-A run's folder ends in eight hex digits of its configuration; ``result.json`` repeats them, the
-first event file holds the configuration (for TensorBoard's HParams page), and
-``provenance.json`` the command of every attempt. A run whose method or seed was changed midway,
-or a folder put together from two, shows where they disagree.
+A run's folder ends in the hash of its configuration; ``result.json`` repeats it, the first event
+file holds the configuration (for TensorBoard's HParams page), and ``provenance.json`` the command
+of every attempt. A run whose method or seed was changed midway, or a folder put together from
+two, shows where they disagree.
 """
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Iterable, Sequence
 from itertools import islice
@@ -21,8 +20,9 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from analysis.events import DamagedRecordError, RecordReader
 from analysis.grouping import plain
+from runfolder import naming
+from runfolder.folder import RunFolder
 
-_HASH = re.compile(r"-([0-9a-f]{8})$")
 _BEGIN = 8  # the configuration is among the first records of its file
 _BLOCK = 2**16  # bytes to read for them
 _SESSION = "_hparams_/session_start_info"
@@ -31,7 +31,11 @@ _NAMED = {"seed": "seed", "method": "method.name", "method.lambda_": "method.lam
 
 
 def faults(
-    folder: Path, config: dict[str, Any], result: dict[str, Any] | None, attempts: Sequence[dict], files: Iterable[Path]
+    folder: RunFolder,
+    config: dict[str, Any],
+    result: dict[str, Any] | None,
+    attempts: Sequence[dict],
+    files: Iterable[Path],
 ) -> list[str]:
     """What shows that the folder is not of one run, in words.
 
@@ -42,38 +46,44 @@ def faults(
         attempts: those of its ``provenance.json``.
         files: its event files.
     """
-    found = [_hash_fault(folder, result)]
-    found += [_command_fault(folder, config, attempt) for attempt in attempts]
+    known, said = naming.hash_in(folder.name), (result or {}).get("config_hash")
+    found = [_command_fault(folder, config, attempt) for attempt in attempts]
     found += [_events_fault(config, path) for path in files]
-    return list(dict.fromkeys(fault for fault in found if fault is not None))
+    if None not in (known, said) and known != said:
+        found.insert(
+            0, f"parts of different configurations ({known} in the folder's name, {said} in {folder.result.name})"
+        )
+    named = list(dict.fromkeys(fault for fault in found if fault is not None))
+    return named or _hash_faults(config, known or said)  # which cannot say what was changed
 
 
-def _hash_fault(folder: Path, result: dict | None) -> str | None:
-    """The configuration's hash is written by training in both places; it is not computed here."""
-    own, said = _hash_in(folder.name), (result or {}).get("config_hash")
-    if None in (own, said) or own == said:
-        return None
-    return f"parts of different configurations ({own} in the folder's name, {said} in result.json)"
+def _hash_faults(config: dict, known: str | None) -> list[str]:
+    if known is None:
+        return []
+    try:
+        own = naming.config_hash(config)
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError):  # training writes no such thing
+        own = "none"
+    if own == known:
+        return []
+    return [f"config.yaml is of another configuration than the run (its hash is {own}, the run's {known})"]
 
 
-def _hash_in(name: str) -> str | None:
-    match = _HASH.search(name)
-    return match[1] if match else None
-
-
-def _command_fault(folder: Path, config: dict, attempt: dict) -> str | None:
+def _command_fault(folder: RunFolder, config: dict, attempt: dict) -> str | None:
     """A command that names another run, seed or method than the folder's."""
     command = str(attempt.get("command") or "")
     try:
         words = shlex.split(command)
     except ValueError:
         return None
-    resumed = [_hash_in(Path(after).name) for word, after in zip(words, words[1:], strict=False) if word == "--resume"]
-    own = _hash_in(folder.name)
+    resumed = [
+        naming.hash_in(Path(after).name) for word, after in zip(words, words[1:], strict=False) if word == "--resume"
+    ]
+    own = naming.hash_in(folder.name)
     other_run = own is not None and any(found not in (None, own) for found in resumed)
     flat = recorded(config)
     other_values = any(
-        flat.get(_NAMED[key], value) != _read(value, flat.get(_NAMED[key]))
+        flat.get(_NAMED[key], value) != _read(value.strip("[]"), flat.get(_NAMED[key]))
         for key, equals, value in (word.partition("=") for word in words)
         if equals and key in _NAMED and "," not in value
     )
@@ -119,18 +129,14 @@ def _values(content: HParamsPluginData) -> dict[str, Any]:
     return {key: getattr(value, value.WhichOneof("kind")) for key, value in content.session_start_info.hparams.items()}
 
 
-def recorded(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A configuration as an event file holds it: flat, numbers as float, what is neither number nor truth as text.
+def recorded(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as it is read from an event file: as TensorBoard takes it, every number as float.
 
     Example:
         >>> recorded({"seed": 1, "optim": {"betas": [0.9], "_target_": "Adam", "nesterov": False}})
         {'seed': 1.0, 'optim.betas': '[0.9]', 'optim.nesterov': False}
     """
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= recorded(value, f"{prefix}{key}.")
-        elif not str(key).startswith("_"):
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            flat[f"{prefix}{key}"] = float(value) if number else value if isinstance(value, bool) else str(value)
-    return flat
+    return {
+        key: value if isinstance(value, str | bool) else float(value)
+        for key, value in naming.hyper_parameters(tree).items()
+    }

@@ -1,49 +1,40 @@
 """Run folders: what each one says, how far it came, and what is wrong with it.
 
-A run folder is ``runs/<experiment>/<name>-<8 hex>/`` with ``config.yaml``, ``provenance.json``,
-event files and, once finished, ``result.json``. Whatever does not add up becomes a
+What lies in a run folder, :mod:`runfolder` says. Whatever does not add up becomes a
 :class:`Problem` of the run: one sentence with the folder and a cure.
 """
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import shlex
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
 from analysis.cache import Cache
+from analysis.content import read_config, read_json
 from analysis.events import LARGEST, Damage, EventLog, read_events
 from analysis.identity import faults
-
-SLURM = "slurm"  # folders of this name hold submissions, not runs
-_FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, eight times as fast where libyaml is there
-_LONG = 8192  # characters; some 30,000 nested brackets are a segmentation fault in the fast loader
-_MOST_EPOCHS = 10**6  # of a configuration; each is counted when gaps are looked for
-_TOO_LARGE = f"has a whole number beyond {sys.float_info.max:.1e}"
-_SAME = 1e-6  # relative; events are stored as float32, result.json as float64
-
-
-class InputError(Exception):
-    """A folder or a name that leads nowhere: says what was expected, what came, and the cure."""
+from runfolder import tags
+from runfolder.errors import UserError, nearest
+from runfolder.folder import SUBMISSIONS, RunFolder
+from runfolder.records import disagreeing
+from runfolder.states import State, is_finished
 
 
 class Status(StrEnum):
-    """How far a run came."""
+    """How far a run came: a :class:`State` without who works on it, which numbers do not depend on."""
 
-    finished = "finished"
-    failed = "failed"
-    unfinished = "unfinished"
+    finished = State.finished
+    failed = State.failed
+    unfinished = "unfinished"  # running, queued, resumable, missing or cancelled
 
 
 @dataclass(frozen=True)
@@ -58,8 +49,7 @@ class Problem:
 class Run:
     """One run folder."""
 
-    folder: Path
-    experiment: str
+    folder: RunFolder
     config: dict[str, Any] | None  # None where config.yaml is missing or unusable
     result: dict[str, Any] | None  # content of result.json
     failure: dict[str, Any] | None  # content of failure.json
@@ -67,6 +57,11 @@ class Run:
     events: EventLog
     attempts: tuple[dict[str, Any], ...]
     problems: tuple[Problem, ...]
+
+    @property
+    def experiment(self) -> str:
+        """The script that trains it."""
+        return self.folder.experiment
 
     @property
     def seed(self) -> int:
@@ -93,21 +88,21 @@ class Run:
         return self.events.by_step(tag)
 
     def final_value(self, tag: str) -> float | None:
-        """The value at the final epoch (of ``train/*``: at the last step), if it was logged."""
+        """The value at the final epoch (of what counts steps: at the last step), if it was logged."""
         curve = self.curve(tag)
-        if tag.startswith("train/"):
+        if tags.counts_steps(tag):
             return next(reversed(curve.values()), None)
         return curve.get(self.final_epoch)
 
     @property
     def command(self) -> str:
         """The command that continues this run, or runs it again."""
-        return resume_command(self.experiment, self.folder)
+        return resume_command(self.folder)
 
 
-def resume_command(experiment: str, folder: Path) -> str:
+def resume_command(folder: RunFolder) -> str:
     """The command that continues a run."""
-    return f"python experiments/{experiment}.py --resume {shlex.quote(str(folder))}"
+    return f"python experiments/{folder.experiment}.py --resume {shlex.quote(str(folder))}"
 
 
 def load_runs(root: Path, experiment: str | None = None, cache: Cache | None = None) -> dict[str, list[Run]]:
@@ -119,14 +114,14 @@ def load_runs(root: Path, experiment: str | None = None, cache: Cache | None = N
         cache: what earlier readings left; the runs are the same with and without it.
 
     Raises:
-        InputError: no such folder, no such experiment, or no run in it.
+        UserError: no such folder, no such experiment, or no run in it.
     """
-    folders = [(name, folder) for name, folders in _find(root, experiment).items() for folder in folders]
+    paths = [(name, path) for name, paths in _find(root, experiment).items() for path in paths]
     found: dict[str, list[Run]] = {}
-    for name, folder in tqdm(folders, desc="reading", unit="run", delay=1, leave=False, disable=None):
-        found.setdefault(name, []).append(load_run(folder, cache))
+    for name, path in tqdm(paths, desc="reading", unit="run", delay=1, leave=False, disable=None):
+        found.setdefault(name, []).append(load_run(path, cache))
     if not found:
-        raise InputError(f"expected run folders {root}/<experiment>/<run>, found none; start one or choose by --runs.")
+        raise UserError(f"expected run folders {root}/<experiment>/<run>, found none; start one or choose by --runs.")
     return found
 
 
@@ -134,22 +129,22 @@ def experiments_in(root: Path) -> list[str]:
     """The names of the experiments that have run folders, unread.
 
     Raises:
-        InputError: no such folder.
+        UserError: no such folder.
     """
     return list(_find(root, None))
 
 
 def _find(root: Path, experiment: str | None) -> dict[str, list[Path]]:
     if not root.is_dir():
-        raise InputError(f"expected a folder of runs, got {root}, which is not one; choose by --runs.")
-    if any(_exists(folder, "config.yaml") for folder in (root, *_folders(root))):
-        raise InputError(f"expected a folder of experiments, got {root}, which holds runs; choose one above by --runs.")
+        raise UserError(f"expected a folder of runs, got {root}, which is not one; choose by --runs.")
+    if any(os.path.exists(RunFolder(path).config) for path in (root, *_folders(root))):
+        raise UserError(f"expected a folder of experiments, got {root}, which holds runs; choose one above by --runs.")
     found = {folder.name: list(_folders(folder)) for folder in _folders(root)}
     found = {name: folders for name, folders in found.items() if folders}
     if experiment is None or not found:
         return found
     if experiment not in found:
-        raise InputError(f"no runs of experiment {experiment} in {root}; nearest: {nearest(experiment, found)}.")
+        raise UserError(f"no runs of experiment {experiment} in {root}; {nearest(experiment, found)}.")
     return {experiment: found[experiment]}
 
 
@@ -158,35 +153,27 @@ def _folders(parent: Path) -> Iterator[Path]:
         paths = sorted(parent.iterdir())
     except OSError as error:
         text = f"expected a folder that can be read, got {parent} ({error.strerror}); choose others by --experiment"
-        raise InputError(f"{text} or --runs.") from None
+        raise UserError(f"{text} or --runs.") from None
     for path in paths:
-        if os.path.isdir(path) and path.name != SLURM and not path.name.startswith("."):
+        if os.path.isdir(path) and path.name != SUBMISSIONS and not path.name.startswith("."):
             yield path
 
 
-def _exists(folder: Path, name: str) -> bool:
-    """Whether a folder has a file; a folder that cannot be looked into has none."""
-    return os.path.exists(folder / name)
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known names closest to a word, for the end of an error message."""
-    known = sorted(known)
-    return ", ".join(difflib.get_close_matches(word, known, n=3, cutoff=0.5) or known[:8])
-
-
-def load_run(folder: Path, cache: Cache | None = None) -> Run:
+def load_run(path: Path, cache: Cache | None = None) -> Run:
     """Read one run folder and check that its parts agree."""
+    folder = RunFolder(path)
     problems: list[Problem] = []
-    experiment = folder.parent.name
-    config = read_config(folder, problems)
-    result = _read_json(folder, "result.json", problems, spoils=True)
-    failure = _read_json(folder, "failure.json", problems, spoils=False)
-    provenance = _read_json(folder, "provenance.json", problems, spoils=False)
+    config, fault = read_config(folder)
+    if fault is not None:
+        cure = "restore it, or delete the folder and start the run again"
+        problems.append(_spoiled(folder, f"{folder.config.name} {fault}", cure))
+    result = _read_record(folder, folder.result, problems, spoils=True)
+    failure = _read_record(folder, folder.failure, problems, spoils=False)
+    provenance = _read_record(folder, folder.provenance, problems, spoils=False)
     status = _status(folder)
-    events = read_events(folder) if cache is None else cache.read_events(folder)
+    events = read_events(path) if cache is None else cache.read_events(path)
     attempts = _attempts(folder, provenance, problems)
-    below = _events_below(folder)
+    below = _events_below(path)
     problems += _state_problems(folder, status, failure, events, config, below)
     if below:
         text = f"{folder}: event files in {', '.join(below)} are not read"
@@ -197,12 +184,19 @@ def load_run(folder: Path, cache: Cache | None = None) -> Run:
     if config is not None:
         mixed = faults(folder, config, result, attempts, events.files)
         problems += [_spoiled(folder, fault, "restore it from a copy, or delete it and train anew") for fault in mixed]
-        problems += _place_problems(folder, config)
+        problems += [] if mixed else _place_problems(folder, config)
         problems += _epoch_problems(folder, config, events, status)
         problems += _curve_problems(folder, config, events, status)
     if config is not None and result is not None:
         problems += _result_problems(folder, config, result, events)
-    return Run(folder, experiment, config, result, failure, status, events, attempts, tuple(problems))
+    return Run(folder, config, result, failure, status, events, attempts, tuple(problems))
+
+
+def _read_record(folder: RunFolder, file: Path, problems: list[Problem], spoils: bool) -> dict[str, Any] | None:
+    content, fault = read_json(file)
+    if fault is not None:
+        problems.append(Problem(f"{folder}: {file.name} {fault}; {_redo(folder)}.", spoils))
+    return content
 
 
 def _events_below(folder: Path) -> list[str]:
@@ -211,89 +205,24 @@ def _events_below(folder: Path) -> list[str]:
     return sorted(os.path.relpath(parent, folder) for parent in found if parent != str(folder))
 
 
-def _status(folder: Path) -> Status:
-    if _exists(folder, "result.json"):
+def _status(folder: RunFolder) -> Status:
+    if is_finished(folder):
         return Status.finished
-    return Status.failed if _exists(folder, "failure.json") else Status.unfinished
+    return Status.failed if os.path.exists(folder.failure) else Status.unfinished
 
 
-def read_config(folder: Path, problems: list[Problem]) -> dict[str, Any] | None:
-    """The content of a run's ``config.yaml``; None, and one more problem, where it is unusable."""
-    try:
-        text = (folder / "config.yaml").read_text(encoding="utf-8")
-        config = yaml.load(text, _FAST_LOADER if len(text) < _LONG else yaml.SafeLoader)
-        wrong = _config_fault(config)
-    except FileNotFoundError:
-        wrong = "is missing"
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
-        wrong = "cannot be read"
-    if wrong is None:
-        return config
-    problems.append(
-        _spoiled(folder, f"config.yaml {wrong}", "restore it, or delete the folder and start the run again")
-    )
-    return None
-
-
-def _config_fault(config: Any) -> str | None:
-    if not isinstance(config, dict):
-        return "is not a mapping"
-    if beyond_floats(config):
-        return _TOO_LARGE
-    for key, least in (("seed", 0), ("epochs", 1), ("eval_every", 1)):
-        value = config.get(key, 1 if key == "eval_every" else None)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            return f"has no whole number of at least {least} as {key}"
-    if config["epochs"] > _MOST_EPOCHS:
-        return f"has more than {_MOST_EPOCHS} as epochs"
-    method = config.get("method")
-    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
-        return "names no method"
-    return None
-
-
-def _read_json(folder: Path, name: str, problems: list[Problem], spoils: bool) -> dict[str, Any] | None:
-    wrong = "cannot be read"
-    try:
-        content = json.loads((folder / name).read_text(encoding="utf-8"))
-        wrong = _TOO_LARGE if beyond_floats(content) else None if isinstance(content, dict) else wrong
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError):
-        pass
-    if wrong is None:
-        return content
-    problems.append(Problem(f"{folder}: {name} {wrong}; {_redo(folder)}.", spoils))
-    return None
-
-
-def beyond_floats(tree: Any) -> bool:
-    """Whether what a JSON or YAML file holds has a whole number that is too large for a float.
-
-    Raises:
-        RecursionError: it holds itself, as an anchor of YAML may, or is nested too deeply to be worked with.
-
-    Example:
-        >>> beyond_floats({"lr": [0.1, 10**308]}), beyond_floats({"lr": [0.1, 10**309]})
-        (False, True)
-    """
-    if isinstance(tree, dict | list | tuple | set):
-        return any(map(beyond_floats, tree.values() if isinstance(tree, dict) else tree))
-    return isinstance(tree, int) and abs(tree) > sys.float_info.max
-
-
-def _attempts(folder: Path, provenance: dict | None, problems: list[Problem]) -> tuple[dict[str, Any], ...]:
+def _attempts(folder: RunFolder, provenance: dict | None, problems: list[Problem]) -> tuple[dict[str, Any], ...]:
     attempts = (provenance or {}).get("attempts")
     if isinstance(attempts, list) and attempts and all(isinstance(attempt, dict) for attempt in attempts):
         return tuple(attempts)
-    if provenance is not None or not _exists(folder, "provenance.json"):
+    if provenance is not None or not os.path.exists(folder.provenance):
         text = "provenance.json names no attempt, so commit and versions are unknown"
         problems.append(Problem(f"{folder}: {text}; {_redo(folder)}.", spoils=False))
     return ()
 
 
 def _state_problems(
-    folder: Path, status: Status, failure: dict | None, events: EventLog, config: dict | None, below: list[str]
+    folder: RunFolder, status: Status, failure: dict | None, events: EventLog, config: dict | None, below: list[str]
 ) -> list[Problem]:
     again = _again(folder)
     if status == Status.failed:
@@ -313,7 +242,7 @@ def _state_problems(
     return found
 
 
-def _damage_problem(folder: Path, damage: Damage, status: Status) -> Problem:
+def _damage_problem(folder: RunFolder, damage: Damage, status: Status) -> Problem:
     where = f"{damage.file.name}, byte {damage.offset}: {damage.reason}"
     if damage.truncated and damage.restarted:
         text = f"{folder}: damaged event file {where}; the run was then resumed and wrote on, so nothing need be done."
@@ -322,7 +251,7 @@ def _damage_problem(folder: Path, damage: Damage, status: Status) -> Problem:
     return _spoiled(folder, f"damaged event file {where}", cure)
 
 
-def _skipped_problems(folder: Path, events: EventLog) -> list[Problem]:
+def _skipped_problems(folder: RunFolder, events: EventLog) -> list[Problem]:
     if not events.skipped:
         return []
     count, first = len(events.skipped), events.skipped[0]
@@ -331,29 +260,30 @@ def _skipped_problems(folder: Path, events: EventLog) -> list[Problem]:
     return [Problem(f"{folder}: {text}{more}; log scalars apart from images.", spoils=False)]
 
 
-def _duplicate_problems(folder: Path, events: EventLog) -> list[Problem]:
+def _duplicate_problems(folder: RunFolder, events: EventLog) -> list[Problem]:
     found = []
     for tag, points in sorted(events.series.items()):
         steps = points.repeated_steps()
         if steps:
-            unit = "step" if tag.startswith("train/") else "epoch"
-            text = f"duplicate points of {tag} at {unit} {_list(steps)}; the last of each is taken as the point"
+            text = (
+                f"duplicate points of {tag} at {tags.axis(tag)} {_list(steps)}; the last of each is taken as the point"
+            )
             found.append(Problem(f"{folder}: {text}, {_redo(folder)}.", spoils=False))
     return found
 
 
-def _place_problems(folder: Path, config: dict) -> list[Problem]:
-    said = config.get("experiment", folder.parent.name)
-    if said == folder.parent.name:
+def _place_problems(folder: RunFolder, config: dict) -> list[Problem]:
+    said = config.get("experiment", folder.experiment)
+    if said == folder.experiment:
         return []
-    text = f"config.yaml says experiment {said}, but the run lies under {folder.parent.name}"
-    return [_spoiled(folder, text, f"move it to {folder.parent.parent / str(said)}/")]
+    text = f"config.yaml says experiment {said}, but the run lies under {folder.experiment}"
+    return [_spoiled(folder, text, f"move it to {folder.runs / str(said)}/")]
 
 
-def _epoch_problems(folder: Path, config: dict, events: EventLog, status: Status) -> list[Problem]:
+def _epoch_problems(folder: RunFolder, config: dict, events: EventLog, status: Status) -> list[Problem]:
     found, most = [], config["epochs"]
     for tag, points in sorted(events.series.items()):
-        if not _is_test(tag):
+        if not tags.is_test(tag):
             continue
         seen = set(points.steps)
         beyond = sorted(epoch for epoch in seen if not 1 <= epoch <= most)
@@ -364,16 +294,16 @@ def _epoch_problems(folder: Path, config: dict, events: EventLog, status: Status
             found.append(Problem(f"{folder}: {text}; {_redo(folder)}.", spoils=last in missing))
         if beyond:
             found.append(_spoiled(folder, f"{tag} has epoch {_list(beyond)} outside 1 to {most}", _redo(folder)))
-    if status == Status.finished and events.series and not any(_is_test(tag) for tag in events.series):
+    if status == Status.finished and events.series and not any(tags.is_test(tag) for tag in events.series):
         found.append(_spoiled(folder, "finished, but without test/* points", _redo(folder)))
     return found
 
 
-def _curve_problems(folder: Path, config: dict, events: EventLog, status: Status) -> list[Problem]:
+def _curve_problems(folder: RunFolder, config: dict, events: EventLog, status: Status) -> list[Problem]:
     """Points that are not finite; a final one is named where it would enter a mean."""
     final = final_epoch(config, events) if status == Status.finished else None
     found = []
-    for tag in sorted(filter(_is_test, events.series)):
+    for tag in sorted(filter(tags.is_test, events.series)):
         wrong = {epoch: value for epoch, value in events.by_step(tag).items() if not math.isfinite(value)}
         wrong.pop(final, None)
         if wrong:
@@ -383,7 +313,7 @@ def _curve_problems(folder: Path, config: dict, events: EventLog, status: Status
     return found
 
 
-def _result_problems(folder: Path, config: dict, result: dict, events: EventLog) -> list[Problem]:
+def _result_problems(folder: RunFolder, config: dict, result: dict, events: EventLog) -> list[Problem]:
     found = []
     epochs = result.get("epochs", config["epochs"])
     if epochs != config["epochs"] and config.get("max_steps") is None:
@@ -392,13 +322,11 @@ def _result_problems(folder: Path, config: dict, result: dict, events: EventLog)
     metrics = result.get("metrics")
     final = final_epoch(config, events)
     said = {tag: value for tag, value in metrics.items() if tag in events.series} if isinstance(metrics, dict) else {}
-    for tag, value in sorted(said.items()):
-        logged = events.by_step(tag).get(final)
-        comparable = _is_test(tag) or (_is_number(value) and not tag.startswith("train/"))
-        if comparable and not _agree(logged, value):
-            text = f"final {tag} is {logged} in the events but {json.dumps(value)} in result.json"
-            found.append(_spoiled(folder, text, _redo(folder)))
-    if not any(map(_is_test, said)) and events.series:
+    logged = {tag: events.by_step(tag).get(final) for tag in said}
+    for tag in disagreeing(said, logged):
+        text = f"final {tag} is {logged[tag]} in the events but {json.dumps(said[tag])} in result.json"
+        found.append(_spoiled(folder, text, _redo(folder)))
+    if not any(map(tags.is_test, said)) and events.series:
         text = "result.json has no test/* metric to compare the events with"
         if config.get("max_steps") is None:
             found.append(Problem(f"{folder}: {text}; restore it if there is a copy.", spoils=False))
@@ -419,7 +347,7 @@ def final_epoch(config: dict[str, Any], events: EventLog) -> int:
 def last_evaluated(events: EventLog, config: dict[str, Any] | None) -> int:
     """The last epoch with a ``test/*`` point, of those that are configured; 0 before the first."""
     most = math.inf if config is None else config["epochs"]
-    steps = (step for tag, points in events.series.items() if _is_test(tag) for step in points.steps)
+    steps = (step for tag, points in events.series.items() if tags.is_test(tag) for step in points.steps)
     return max((step for step in steps if 1 <= step <= most), default=0)
 
 
@@ -428,29 +356,15 @@ def expected_epochs(last: int, every: int) -> set[int]:
     return {*range(every, last + 1, every), *range(last, last + 1 if last else 0)}
 
 
-def _agree(logged: float | None, value: Any) -> bool:
-    if logged is None or not _is_number(value):
-        return False
-    return math.isclose(logged, value, rel_tol=_SAME, abs_tol=1e-9) or (math.isnan(logged) and math.isnan(value))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_test(tag: str) -> bool:
-    return tag.startswith("test/")
-
-
-def _spoiled(folder: Path, what: str, cure: str) -> Problem:
+def _spoiled(folder: RunFolder, what: str, cure: str) -> Problem:
     return Problem(f"{folder}: {what}; {cure}.", spoils=True)
 
 
-def _again(folder: Path) -> str:
-    return f"start it again: `{resume_command(folder.parent.name, folder)}`"
+def _again(folder: RunFolder) -> str:
+    return f"start it again: `{resume_command(folder)}`"
 
 
-def _redo(folder: Path) -> str:
+def _redo(folder: RunFolder) -> str:
     return f"restore the folder from a copy, or delete all of it but config.yaml and {_again(folder)}"
 
 

@@ -112,7 +112,7 @@ def runs_of(root: Path, experiment: str, cache: Cache | None = None) -> list[Run
     """All runs of an experiment, [] where there are none.
 
     Raises:
-        InputError: no such folder of experiments.
+        UserError: no such folder of experiments.
     """
     return load_runs(root, experiment, cache)[experiment] if experiment in experiments_in(root) else []
 

@@ -24,9 +24,10 @@ from analysis.cache import Cache
 from analysis.comparison import Cell, mixed_origins
 from analysis.drawing import COLOURS, Curve, LineStyle, bottom, curve_of, in_style, mean_line
 from analysis.grouping import plain
-from analysis.load import InputError, Run, experiments_in, load_runs
+from analysis.load import Run, experiments_in, load_runs
 from analysis.paper_runs import Cohort, cells_of, missing, missing_sentence
 from analysis.paper_sets import figure_layout, members_of_set, set_of
+from runfolder.errors import UserError
 
 Runs = Mapping[str, Sequence[Run]]  # by experiment
 
@@ -91,12 +92,12 @@ def figure_plan(name: str) -> dict[str, Any]:
     """How a figure is drawn, with all its values.
 
     Raises:
-        InputError: no such figure.
+        UserError: no such figure.
     """
     own = figure_layout()["figures"].get(name)
     if own is None:
         known = f"{', '.join(figure_names())} or {ALL}"
-        raise InputError(f"expected a figure of the paper ({known}), got {name}.")
+        raise UserError(f"expected a figure of the paper ({known}), got {name}.")
     return (figure_plan(own["like"]) if "like" in own else {}) | own
 
 
@@ -104,7 +105,7 @@ def runs_for(names: Sequence[str], root: Path, cache: Cache | None = None) -> di
     """The runs of the experiments that these figures are drawn from, as far as there are any.
 
     Raises:
-        InputError: no such folder, or no such figure.
+        UserError: no such folder, or no such figure.
     """
     wanted = {set_of(figure_plan(name)["set"])["experiment"] for name in names}
     return {name: load_runs(root, name, cache)[name] for name in experiments_in(root) if name in wanted}
@@ -121,7 +122,7 @@ def build_figure(name: str, runs: Runs) -> PaperFigure:
         runs: {experiment: runs}, as :func:`runs_for` and ``load_runs`` give them.
 
     Raises:
-        InputError: no such figure.
+        UserError: no such figure.
     """
     plan = figure_plan(name)
     spec = set_of(plan["set"])
@@ -181,7 +182,7 @@ def draw_figure(name: str, runs: Runs) -> tuple[Figure | None, tuple[str, ...]]:
         The figure, ``None`` where not one of its runs is usable; and a sentence per gap or doubt.
 
     Raises:
-        InputError: no such figure.
+        UserError: no such figure.
     """
     built = build_figure(name, runs)
     return (draw(built) if built.used else None), built.named

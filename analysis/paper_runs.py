@@ -7,16 +7,16 @@ is the paper's run if it has also been trained by the paper's recipe.
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from analysis.comparison import Cell, cell_of
+from analysis.content import read_config
 from analysis.grouping import ABSENT, flatten, plain, settings
-from analysis.load import Run, read_config
+from analysis.load import Run
+from runfolder.folder import RunFolder
 
 # A choice on the command line, and the setting that it decides.
 _SETTING = {
@@ -54,7 +54,7 @@ class Members:
     """The runs of one cohort."""
 
     runs: list[Run] = field(default_factory=list)  # by the paper's recipe, in any state
-    settings: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of each folder, flat
+    settings: dict[RunFolder, dict[str, Any]] = field(default_factory=dict)  # of each folder, flat
 
 
 def cohorts(spec: dict[str, Any]) -> list[Cohort]:
@@ -117,10 +117,10 @@ def members_of(found: Sequence[Cohort], runs: Sequence[Run], named: list[str]) -
 def _strangeness(found: Sequence[Cohort], flat: dict[str, Any]) -> str:
     """What a run of no cohort is instead of the cohort that it is most like; nothing for another phase of its own."""
     differing = (_differing(cohort.identity, flat) for cohort in found)
-    nearest = min(differing, key=lambda keys: (len(keys), "method.name" in keys), default={})
-    if "stage" in nearest:
+    closest = min(differing, key=lambda keys: (len(keys), "method.name" in keys), default={})
+    if "stage" in closest:
         return ""
-    return _instead(nearest, flat)
+    return _instead(closest, flat)
 
 
 def _strange_sentence(words: str, folders: Sequence[str]) -> str:
@@ -136,7 +136,7 @@ def _silent_sentence(unsaid: Sequence[str], folders: Sequence[str]) -> str:
     )
 
 
-def described(folder: Path, config: dict[str, Any], starts: int = _STARTS) -> dict[str, Any]:
+def described(folder: RunFolder, config: dict[str, Any], starts: int = _STARTS) -> dict[str, Any]:
     """All settings that decide a run's result, flat; those of the run that it started from as ``start.KEY``.
 
     ``stage`` says whether it started from another run or network.
@@ -144,19 +144,11 @@ def described(folder: Path, config: dict[str, Any], starts: int = _STARTS) -> di
     start_from = config.get("start_from")
     flat = settings(config) | flatten({"method": config["method"]})
     flat |= {"experiment": config.get("experiment"), "stage": "pretrain" if start_from is None else "finetune"}
-    start = _start_folder(folder, start_from)
-    before = None if start is None or starts == 0 else read_config(start, [])
+    start = folder.start(start_from)
+    before = None if start is None or starts == 0 else read_config(start)[0]
     if before is not None:
         flat |= {f"start.{key}": value for key, value in described(start, before, starts - 1).items()}
     return flat
-
-
-def _start_folder(folder: Path, start_from: str | None) -> Path | None:
-    """The run folder that ``start_from`` names: EXPERIMENT/NAME, or NAME of the same experiment."""
-    if not isinstance(start_from, str) or start_from.startswith("timm:") or start_from.endswith((".pt", ".pth")):
-        return None
-    base = folder.absolute().parents[1] if "/" in start_from else folder.absolute().parent
-    return base / os.path.expanduser(start_from)  # which leaves the home of nobody as it stands
 
 
 def _differing(

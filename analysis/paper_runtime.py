@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from analysis.content import read_json
 from analysis.grouping import ABSENT, flatten, plain
-from analysis.load import InputError, beyond_floats
 from analysis.paper import BASELINE, RUNTIME, Key, PaperCell, PaperRow, PaperTable, published_number
 from analysis.paper_sets import table_layout
 from analysis.statistics import Summary
+from runfolder.errors import UserError
 
 _TITLE = "run time of a whole training with and without TrAct"
 _KEYS = ((BASELINE, "seconds"), ("tract", "seconds"), ("tract", "overhead"))
@@ -33,7 +32,7 @@ def build_runtime_table(file: Path | None) -> PaperTable:
         file: what ``experiments/runtime.py --out`` wrote; None where nothing was measured.
 
     Raises:
-        InputError: not such a file.
+        UserError: not such a file.
     """
     content = {"settings": {}} if file is None else _read(file)
     named: list[str] = []
@@ -52,21 +51,19 @@ def build_runtime_table(file: Path | None) -> PaperTable:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if not beyond_floats(content) and all(isinstance(part, dict) for part in _parts(content)):
-            return content
-    except (OSError, ValueError, RecursionError, AttributeError):
-        pass
-    raise InputError(f"expected --runtime to be what experiments/runtime.py --out wrote, got {file}; measure it again.")
+    content, _ = read_json(file)
+    if content is not None and _is_whole(content):
+        return content
+    raise UserError(f"expected --runtime to be what experiments/runtime.py --out wrote, got {file}; measure it again.")
 
 
-def _parts(content: dict) -> Iterator[Any]:
-    """All that has to be a mapping."""
-    yield content.get("settings")
-    yield from (content.get(key, {}) for key in _ORIGIN)
-    for measured in content["settings"].values():
-        yield from (measured, measured.get("config", {}))
+def _is_whole(content: dict) -> bool:
+    """Whether all is a mapping that has to be one."""
+    settings = content.get("settings")
+    parts = [settings, *(content.get(key, {}) for key in _ORIGIN)]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    return all(isinstance(own, dict) and isinstance(own.get("config", {}), dict) for own in settings.values())
 
 
 def _blocks(subject: str, spec: dict, content: dict, file: Path | None, named: list[str]) -> np.ndarray | None:
@@ -88,7 +85,7 @@ def _blocks(subject: str, spec: dict, content: dict, file: Path | None, named: l
         blocks = np.zeros(0)
     if blocks.ndim == 2 and blocks.size and np.isfinite(blocks).all() and (blocks > 0).all():
         return blocks
-    raise InputError(
+    raise UserError(
         f"expected seconds of as many blocks with as without TrAct of {spec['setting']} in {file}, got others."
     )
 

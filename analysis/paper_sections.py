@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from analysis.load import Run
 from analysis.page.parts import Entry, Grid, Group, Link, Section, picture
@@ -23,11 +22,12 @@ from analysis.paper_rendering import (
     with_published,
 )
 from analysis.rendering import readable_detectable, readable_difference, readable_number, readable_p
+from runfolder.folder import RunFolder
 
 _GAPS = "Missing or doubtful"
 
 
-def paper_sections(runs: Mapping[str, Sequence[Run]], numbers: Mapping[Path, int]) -> list[Section]:
+def paper_sections(runs: Mapping[str, Sequence[Run]], numbers: Mapping[RunFolder, int]) -> list[Section]:
     """A section for each table and figure of which something was run, and one that lists the others.
 
     Args:
@@ -58,7 +58,7 @@ def _with_gaps(title: str, named: Sequence[str], **parts) -> Section:
     return Section(title, groups=(Group(_GAPS, tuple(named)),) if named else (), **parts)
 
 
-def table_section(table: PaperTable, numbers: Mapping[Path, int]) -> Section:
+def table_section(table: PaperTable, numbers: Mapping[RunFolder, int]) -> Section:
     """A table of the paper, its paired differences, and its comparison with the published numbers."""
     rows = tuple(tuple(_row(table, row, numbers)) for row in all_rows(table))
     grids = [Grid(caption(table), (*table.axes, *table.columns), rows)]
@@ -75,16 +75,16 @@ def table_section(table: PaperTable, numbers: Mapping[Path, int]) -> Section:
     return Section(section.title, grids=section.grids, groups=(*([remarks] if table.remarks else []), *section.groups))
 
 
-def _row(table: PaperTable, row: PaperRow, numbers: Mapping[Path, int]) -> list[Entry]:
+def _row(table: PaperTable, row: PaperRow, numbers: Mapping[RunFolder, int]) -> list[Entry]:
     return [*map(Entry, row.words), *(_entry(table, cell, numbers) for cell in row.cells)]
 
 
-def _entry(table: PaperTable, cell: PaperCell, numbers: Mapping[Path, int]) -> Entry:
+def _entry(table: PaperTable, cell: PaperCell, numbers: Mapping[RunFolder, int]) -> Entry:
     value = None if cell.ours is None else cell.ours.mean
     return Entry(readable_cell(cell, table.digits), value, _links(table, cell, numbers))
 
 
-def _links(table: PaperTable, cell: PaperCell, numbers: Mapping[Path, int]) -> tuple[Link, ...]:
+def _links(table: PaperTable, cell: PaperCell, numbers: Mapping[RunFolder, int]) -> tuple[Link, ...]:
     if cell.cell is None:
         return ()
     values = cell.cell.values

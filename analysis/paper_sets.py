@@ -11,6 +11,7 @@ import yaml
 
 from analysis.load import Run
 from analysis.paper_runs import Cohort, Members, cohorts, members_of
+from runfolder.folder import RunFolder
 
 _HERE = Path(__file__).parent
 
@@ -53,5 +54,5 @@ def members_of_set(
     return members_of(wanted, [run for run in runs if run.folder not in elsewhere], named)
 
 
-def _folders(found: Sequence[Cohort], runs: Sequence[Run]) -> set[Path]:
+def _folders(found: Sequence[Cohort], runs: Sequence[Run]) -> set[RunFolder]:
     return {run.folder for own in members_of(found, runs, []).values() for run in own.runs}

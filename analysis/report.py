@@ -32,7 +32,7 @@ from analysis.costs import Cost, cost_of, device_hours
 from analysis.curves import MOST_POINTS, packed
 from analysis.figures import draw
 from analysis.grouping import method_labels, plain
-from analysis.load import InputError, Problem, Run, Status, load_runs
+from analysis.load import Problem, Run, Status, load_runs
 from analysis.page.parts import Entry, Grid, Group, Link, Picture, Section, picture
 from analysis.page.render import Head, render_page
 from analysis.paper_sections import paper_sections
@@ -47,6 +47,9 @@ from analysis.rendering import (
     readable_p,
 )
 from analysis.tables import tables_from
+from runfolder.errors import UserError
+from runfolder.failures import cure_of
+from runfolder.folder import RunFolder
 
 _RUN_COLUMNS = (
     "Run",
@@ -60,18 +63,6 @@ _RUN_COLUMNS = (
     "Attempts",
 )
 _STATES = ("finished", "unfinished", "failed", "refused")
-_WAYS_OUT = {
-    "out-of-memory": "choose a smaller micro_batch or a larger GPU",
-    "non-finite": "lower optim.lr or set clip_grad_norm=1, which makes it another run",
-    "data": "mend the data set that the reason names",
-    "disk": "make room, or make the folder writable",
-    "node": "start it on another machine",
-    "peer": "start it again; the cause was another rank",
-    "input": "mend the value that the reason names",
-    "code": "mend the program where the traceback ends",
-    "no-progress": "look into its log for what stops it before a checkpoint",
-    "requeues": "start it again",
-}
 _FAILED, _UNFINISHED = "Failed", "Unfinished"
 _REFUSED, _NOTED = "Finished, but kept out of every mean", "Doubtful, but counted"
 _OTHER = "Missing runs, and runs that differ in what they were made with"
@@ -83,7 +74,7 @@ class Collection:
 
     runs: dict[str, list[Run]]
     tables: tuple[Table, ...]
-    numbers: dict[Path, int]
+    numbers: dict[RunFolder, int]
 
     @property
     def all(self) -> list[Run]:
@@ -127,15 +118,15 @@ def _require_place(out: Path) -> None:
         raise _no_place(out, error.strerror) from None
 
 
-def _no_place(out: Path, why: str) -> InputError:
-    return InputError(f"expected --out to be a file to write to, got {out} ({why}); choose another.")
+def _no_place(out: Path, why: str) -> UserError:
+    return UserError(f"expected --out to be a file to write to, got {out} ({why}); choose another.")
 
 
 def collect(root: Path, experiment: str | None = None, cache: Cache | None = None) -> Collection:
     """Load the runs and make their tables.
 
     Raises:
-        InputError: no such folder or experiment, or no run in it.
+        UserError: no such folder or experiment, or no run in it.
     """
     runs = load_runs(root, experiment, cache)
     folders = [run.folder for group in runs.values() for run in group]
@@ -159,7 +150,7 @@ def sections(collection: Collection) -> list[Section]:
 def head_of(collection: Collection, root: Path) -> Head:
     """What the page is, from what and when, and what the runs were made with."""
     runs = collection.all
-    states, cost = Counter(map(state_of, runs)), cost_of(runs)
+    states, cost = Counter(map(shown_state, runs)), cost_of(runs)
     facts = (
         ("Made", (datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),)),
         ("Runs", tuple(f"{states[state]} {state}" for state in _STATES)),
@@ -177,7 +168,7 @@ def head_of(collection: Collection, root: Path) -> Head:
     return Head("TrAct: report on runs", intro, facts)
 
 
-def state_of(run: Run) -> str:
+def shown_state(run: Run) -> str:
     """One of finished, unfinished, failed and refused (finished, but kept out of every mean)."""
     return "refused" if run.status == Status.finished and not run.usable else str(run.status)
 
@@ -195,12 +186,12 @@ def _runs(count: int) -> str:
 # -- tables and figures -----------------------------------------------------------------
 
 
-def experiment_section(table: Table, numbers: dict[Path, int]) -> Section:
+def experiment_section(table: Table, numbers: dict[RunFolder, int]) -> Section:
     """An experiment's table and curves."""
     return Section(f"Experiment {table.experiment}", grids=(grid_of(table, numbers),), pictures=_pictures(table))
 
 
-def grid_of(table: Table, numbers: dict[Path, int]) -> Grid:
+def grid_of(table: Table, numbers: dict[RunFolder, int]) -> Grid:
     """A table as it is printed elsewhere, each cell with its runs.
 
     Args:
@@ -211,7 +202,7 @@ def grid_of(table: Table, numbers: dict[Path, int]) -> Grid:
     return Grid(caption(table), tuple(header(table)), rows)
 
 
-def _entries(table: Table, row: Row, numbers: dict[Path, int]) -> list[Entry]:
+def _entries(table: Table, row: Row, numbers: dict[RunFolder, int]) -> list[Entry]:
     entries = [Entry(plain(value), _number_or_none(value)) for value in row.settings.values()]
     for label, cell in row.cells.items():
         links = _links(cell, table.metric, numbers)
@@ -229,14 +220,14 @@ def _number_or_none(value: object) -> float | None:
     return value if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _links(cell: Cell, metric: str, numbers: dict[Path, int]) -> tuple[Link, ...]:
+def _links(cell: Cell, metric: str, numbers: dict[RunFolder, int]) -> tuple[Link, ...]:
     return tuple(
         Link(f"seed {seed}: {readable_number(cell.values[seed], metric)}", numbers[run.folder])
         for seed, run in cell.runs.items()
     )
 
 
-def _pairs(label: str, table: Table, row: Row, numbers: dict[Path, int]) -> tuple[Link, ...]:
+def _pairs(label: str, table: Table, row: Row, numbers: dict[RunFolder, int]) -> tuple[Link, ...]:
     """Both runs of each pair."""
     links = []
     for seed in row.cells[label].difference.seeds:
@@ -284,19 +275,21 @@ def runs_section(collection: Collection) -> Section:
     return Section("Runs", intro, (grid,), holds_runs=True)
 
 
-def _labels(runs: Sequence[Run]) -> dict[Path, str]:
+def _labels(runs: Sequence[Run]) -> dict[RunFolder, str]:
     placed = [run for run in runs if run.config is not None]
     labels = method_labels([run.config["method"] for run in placed])
     return {run.folder: label for run, label in zip(placed, labels, strict=True)}
 
 
-def _run_entries(run: Run, labels: dict[Path, str], metric: str, numbers: dict[Path, int]) -> tuple[Entry, ...]:
+def _run_entries(
+    run: Run, labels: dict[RunFolder, str], metric: str, numbers: dict[RunFolder, int]
+) -> tuple[Entry, ...]:
     value = run.final_value(metric) if run.config is not None and run.status == Status.finished else None
     hours = device_hours(run)
     return (
         Entry(run.folder.name, opens=numbers[run.folder]),
         Entry(run.experiment),
-        Entry(state_of(run)),
+        Entry(shown_state(run)),
         Entry(labels.get(run.folder, NONE)),
         Entry(NONE) if run.config is None else Entry(str(run.seed), run.seed),
         Entry(NONE) if value is None else Entry(readable_number(value, metric), value),
@@ -334,7 +327,7 @@ def doubts_section(collection: Collection) -> Section:
     return Section("Failures and doubts", intro, grids, groups=groups)
 
 
-def _failures(failed: Sequence[Run], numbers: dict[Path, int]) -> Grid:
+def _failures(failed: Sequence[Run], numbers: dict[RunFolder, int]) -> Grid:
     columns = ("Failed run", "Kind", "Reason", "Way out", "Where", "When")
     rows = tuple(_failure_entries(run, numbers[run.folder]) for run in failed)
     return Grid("Failed runs, as their failure.json says, and how to go on.", columns, rows)
@@ -348,7 +341,7 @@ def _failure_entries(run: Run, number: int) -> tuple[Entry, ...]:
         Entry(name, links=(Link(name, number),)),
         Entry(kind),
         Entry(reason),
-        Entry(_WAYS_OUT.get(kind, "look into its log")),
+        Entry(cure_of(kind)),
         Entry(host),
         Entry(when),
     )

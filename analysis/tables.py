@@ -23,7 +23,6 @@ if __package__ in (None, ""):
 import argparse
 import functools
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,11 +30,13 @@ from analysis.cache import Cache
 from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Table, build_table
 from analysis.explain import explain, find, numbers_of
-from analysis.load import InputError, Run, load_runs, nearest
+from analysis.load import Run, load_runs
 from analysis.paper import RUNTIME, PaperTable, build_paper_table, runs_of, table_names
 from analysis.paper_rendering import render_paper
 from analysis.paper_runtime import build_runtime_table
 from analysis.rendering import render
+from runfolder.errors import UserError, nearest
+from runfolder.tags import primary_metric
 
 _SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
 EXIT_NAMED = 1
@@ -74,9 +75,9 @@ def _paper_tables(options: argparse.Namespace) -> list[PaperTable]:
 def _refuse_contradictions(options: argparse.Namespace) -> None:
     for flag in ("experiment", "metric", "baseline", "best", "speedup"):
         if options.table is not None and getattr(options, flag):
-            raise InputError(f"--table decides the {flag} itself, got --{flag} too; leave out one of the two.")
+            raise UserError(f"--table decides the {flag} itself, got --{flag} too; leave out one of the two.")
     if options.runtime is not None and options.table not in (RUNTIME, "all"):
-        raise InputError(f"--runtime is for --table {RUNTIME} or --table all, got neither; give one of them.")
+        raise UserError(f"--runtime is for --table {RUNTIME} or --table all, got neither; give one of them.")
 
 
 def _parser() -> Parser:
@@ -114,7 +115,7 @@ def tables_of(
     """A table per experiment under ``root``; without a metric of the one that its runs are known by.
 
     Raises:
-        InputError: a folder, an experiment, a metric or a baseline that does not exist.
+        UserError: a folder, an experiment, a metric or a baseline that does not exist.
     """
     return tables_from(load_runs(root, experiment, cache), metric, baseline, best)
 
@@ -130,25 +131,21 @@ def tables_from(
     if metric is not None:
         _require_metric([run for group in runs.values() for run in group], metric)
     tables = [
-        build_table(name, group, metric or headline_of(group), baseline or "vanilla", best, speedups)
+        build_table(
+            name, group, metric or primary_metric(*(run.result for run in group)), baseline or "vanilla", best, speedups
+        )
         for name, group in runs.items()
     ]
     if baseline is not None and all(table.baseline is None for table in tables):
         known = nearest(baseline, {label for table in tables for label in table.methods})
-        raise InputError(f"expected --baseline to be one method, got {baseline}; nearest: {known}.")
+        raise UserError(f"expected --baseline to be one method, got {baseline}; {known}.")
     return tables
-
-
-def headline_of(runs: Sequence[Run]) -> str:
-    """The tag that these runs are known by, as most of their results say; ``test/top1`` where none does."""
-    said = Counter(tag for run in runs if isinstance(tag := (run.result or {}).get("headline"), str))
-    return max(said, key=said.get, default="test/top1")
 
 
 def _require_metric(runs: Sequence[Run], metric: str) -> None:
     known = {tag for run in runs if run.usable for tag in run.events.series}
     if known and not any(metric in run.events.series for run in runs):
-        raise InputError(f"no run has the metric {metric}; nearest: {nearest(metric, known)}.")
+        raise UserError(f"no run has the metric {metric}; {nearest(metric, known)}.")
 
 
 def _experiment_name(table: Table) -> str:
@@ -174,7 +171,7 @@ def _write_files(tables: dict[str, Table | PaperTable], render: Callable, form: 
             path.write_text(render([table], form), encoding="utf-8", errors="backslashreplace")
             print(path)
     except OSError as error:
-        raise InputError(f"expected --out to be a folder to write to, got {out} ({error.strerror}).") from None
+        raise UserError(f"expected --out to be a folder to write to, got {out} ({error.strerror}).") from None
 
 
 if __name__ == "__main__":

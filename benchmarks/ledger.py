@@ -21,7 +21,7 @@ import subprocess
 import tempfile
 import time
 
-from experiments.training.place import cpu_name
+from runfolder.place import cpu_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PATTERN = ("finished",) * 12 + ("running", "queued", "queued", "queued", "resumable", "missing", "failed", "cancelled")

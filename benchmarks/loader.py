@@ -34,13 +34,13 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from experiments.data.batches import Batches
+from experiments.data.imagenet import ImageNet
+from experiments.data.images import ImageData, Split
+from experiments.data.shards import Shards
+from experiments.ranks import Ranks
 from experiments.tools.shard_images import shard
-from experiments.training.data import Batches
-from experiments.training.datasets import ImageData, Split
-from experiments.training.imagenet import imagenet
-from experiments.training.parallel import Ranks
-from experiments.training.place import cpu_name
-from experiments.training.shards import Shards
+from runfolder.place import cpu_name
 
 _MEAN, _STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 REFERENCE = "torchvision, folder"
@@ -110,7 +110,9 @@ def _contenders(options: argparse.Namespace, folder: Path, device: torch.device)
 
 
 def _read(root: str, size: int) -> ImageData:
-    return imagenet(root, None, None, None, size, "resized_crop", 0, True, _MEAN, _STD, reduced_decode=False)
+    unchecked = {"classes": None, "train_images": None, "test_images": None}
+    given = {"image_size": size, "augment": "resized_crop", "mean": _MEAN, "std": _STD, "crop_ratio": 0.875}
+    return ImageNet(root=root, **unchecked, **given, reduced_decode=False).load()
 
 
 def _only(data: ImageData, chosen: np.ndarray) -> ImageData:

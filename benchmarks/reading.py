@@ -36,10 +36,12 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from analysis.cache import Cache
 from analysis.events import masked_crc32c
 from analysis.load import load_runs
-from experiments.training.place import cpu_name
+from runfolder import tags
+from runfolder.folder import RunFolder
+from runfolder.place import cpu_name
 
 TENSORBOARD, FIRST, LATER = "EventAccumulator", "ours, first", "ours, later"
-_TAGS = ("test/top1", "test/top5", "test/loss", "epoch/loss", "epoch/seconds", "epoch/images", "epoch/lr", "epoch/mib")
+_TAGS = (tags.TOP1, "test/top5", "test/loss", "epoch/loss", "epoch/seconds", "epoch/images", "epoch/lr", "epoch/mib")
 _SETTLED = 11.0  # seconds after which a file's identity is trusted
 
 
@@ -78,14 +80,15 @@ def make_run(folder: Path, seed: int, epochs: int, train_points: int) -> None:
     done = 0
     for epoch in range(1, epochs + 1):
         steps = range(done, done := train_points * epoch // epochs)
-        frames += [_point("train/loss", 1 / (1 + step + seed), step) for step in steps]
+        frames += [_point(tags.LOSS, 1 / (1 + step + seed), step) for step in steps]
         frames += [_point(tag, epoch + seed / 7 + number, epoch) for number, tag in enumerate(_TAGS)]
     (folder / "events.out.tfevents.1700000000.host.1.0").write_bytes(b"".join(frames))
     options = {f"option_{number}": number / 8 for number in range(50)}
     config = {"seed": seed, "epochs": epochs, "method": {"name": "tract", "lambda_": 0.1}, "data": options}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "provenance.json").write_text(json.dumps({"attempts": [{"commit": "0" * 40, "packages": options}]}))
-    (folder / "result.json").write_text(json.dumps({"epochs": epochs, "metrics": {}}))
+    run = RunFolder(folder)
+    run.config.write_text(yaml.safe_dump(config))
+    run.provenance.write_text(json.dumps({"attempts": [{"commit": "0" * 40, "packages": options}]}))
+    run.result.write_text(json.dumps({"epochs": epochs, "metrics": {}}))
 
 
 def _point(tag: str, value: float, step: int) -> bytes:

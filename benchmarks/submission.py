@@ -24,11 +24,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 
-from experiments.config import parse_overrides
+from experiments.config import folder_of, parse_overrides, prepare_folder
 from experiments.grid import plan
-from experiments.training.folder import folder_of, prepare_folder
-from experiments.training.place import cpu_name
-from slurm import launch, ledger, preflight, queue, snapshot
+from runfolder.place import cpu_name
+from slurm import batch, launch, ledger, preflight, queue, snapshot
 from slurm.profile import load_cluster
 from slurm.testbed import Testbed
 
@@ -68,7 +67,8 @@ def _measure(runs: int) -> None:
         configs = plan("quickstart", "quickstart", overrides)
     folders = {folder_of(config).absolute(): config for config in configs}
     with _timed("preflight"):
-        preflight.check(cluster, Path("runs"), configs)
+        script = launch.first_script(Path("submission"), launch.arranged(folders, cluster), cluster)
+        preflight.check(cluster, Path("runs"), configs, batch.options_of(script))
     with _timed("claiming"):
         assert len(ledger.claim(list(folders), "benchmark")) == runs
     for folder in folders:
@@ -80,7 +80,7 @@ def _measure(runs: int) -> None:
         snapshot.take(Path("copy").absolute() / "code", skip=[Path("runs").absolute()])
     with _timed("all of this and the queue, in one process"), contextlib.redirect_stdout(io.StringIO()):
         launch.submit("quickstart", configs, cluster)
-    assert len(queue.tasks() or []) == runs
+    assert len(queue.jobs() or []) == runs
     with _timed(f"the state of {runs} runs, as status.py asks for it"):
         found = ledger.entries(Path("runs"))
     assert {entry.state for entry in found} == {"queued"}

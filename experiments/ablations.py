@@ -20,9 +20,9 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import main as run_script
-from experiments.errors import UserError
 from experiments.grid import load_grid
+from runfolder.errors import UserError
+from slurm.command import main as run_script
 
 DEFAULT = "figure7"
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import hashlib
 import inspect
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,17 +24,22 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_object
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from experiments.errors import UserError, nearest
+from runfolder import naming
+from runfolder.errors import UserError, nearest
+from runfolder.failures import FailureKind
+from runfolder.files import write_atomically
+from runfolder.folder import RunFolder
 
 CONF = Path(__file__).parent / "conf"
-GROUPS = ("stage", "model", "data", "optim", "schedule", "method", "debug")
+COMPONENTS = ("model", "data", "optim", "schedule", "method")
+GROUPS = ("stage", *COMPONENTS, "debug")
 
 
 class Loss(StrEnum):
-    """What is minimised; see ``training/losses.py``."""
+    """What is minimised; see ``tasks/losses.py``."""
 
     cross_entropy = "cross_entropy"
     bce = "bce"  # binary cross-entropy per class
@@ -103,8 +106,9 @@ class Config:
     eval_batch_size: int = 1000
     loss: Loss = Loss.cross_entropy
     label_smoothing: float = 0.0
-    mixup: float = 0.0  # alpha of Mixup; with cutmix too, each batch gets one of the two
+    mixup: float = 0.0  # alpha of Mixup; with cutmix too, each group gets one of the two
     cutmix: float = 0.0  # alpha of CutMix
+    mix_group: int | None = None  # images that are mixed alike, of each other; None: the whole batch
     repeats: int = 1  # repeated augmentation: an epoch has so many copies of each of images / repeats images
     precision: Precision = Precision.fp32
     channels_last: bool = False
@@ -112,6 +116,7 @@ class Config:
     ema_decay: float | None = None
     clip_grad_norm: float | None = None
     decay_matrices_only: bool = False  # no weight decay for 1-D tensors, position embeddings and class tokens
+    bias_lr: float = 1.0  # the learning rate of biases is so many times that of other parameters
     start_from: str | None = None  # weights to begin with: a run's name or folder, a checkpoint, timm:NAME
     overfit_batches: int | None = None  # train on the first so many batches again and again, unaugmented
     model: dict[str, Any] = field(default_factory=dict)
@@ -131,7 +136,23 @@ def _value_of_nearest(table: DictConfig, key: float) -> Any:
     return table[min(table, key=lambda entry: abs(math.log(float(entry) / key)))]
 
 
+def _value_of_choice(table: DictConfig, choice: str, *, _node_: Node) -> Any:
+    """The entry of a recipe for the component that was chosen."""
+    if choice not in table:
+        key, known = _node_._get_full_key(None), ", ".join(map(str, table))
+        raise UserError(f"this recipe has no {key} for {choice}, only for {known}; give {key}=VALUE.")
+    return table[choice]
+
+
+def _value_of_recipe(key: str, default: list, *, _root_: DictConfig) -> Any:
+    """What a recipe says of a component, or what the component's file does."""
+    return OmegaConf.select(_root_.recipe, key, default=OmegaConf.create(default))
+
+
 OmegaConf.register_new_resolver("nearest", _value_of_nearest, replace=True)
+OmegaConf.register_new_resolver("listed", _value_of_choice, replace=True)
+OmegaConf.register_new_resolver("of_recipe", _value_of_recipe, replace=True)
+OmegaConf.register_new_resolver("python", get_object, replace=True)  # a value that the code has, by its dotted name
 
 
 def parse_overrides(arguments: list[str]) -> dict[str, list[Any]]:
@@ -186,10 +207,12 @@ def compose_config(experiment: str, overrides: dict[str, Any]) -> Config:
     Raises:
         UserError: an unknown key, group or choice (with the nearest valid names) or a bad value.
     """
-    choices = tuple((key, str(value)) for key, value in overrides.items() if key in GROUPS)
-    for group, choice in choices:
-        _require_choice(group, choice)
-    tree = copy.deepcopy(_compose_groups(experiment, choices))
+    choices = _choices_of_source(experiment, overrides)
+    choices |= {key: value for key, value in overrides.items() if key in GROUPS}
+    if isinstance(choices.get("method"), list | ListConfig):
+        tree = _with_methods(experiment, choices, list(choices["method"]))
+    else:
+        tree = _chosen(experiment, choices)
     for key, value in overrides.items():
         if key not in GROUPS:
             _set(tree, key, value)
@@ -197,6 +220,37 @@ def compose_config(experiment: str, overrides: dict[str, Any]) -> Config:
     if config.start_from is not None and "?" in config.start_from:
         config.start_from = _run_by_choices(experiment, overrides, config.start_from)
     return config
+
+
+def _choices_of_source(experiment: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """The groups that ``recipe.source`` chooses: those of the recipe's tables {source: choice} that are called so."""
+    recipe = _compose_groups(CONF, experiment, ()).recipe
+    usual = recipe.get("source")
+    source = overrides.get("recipe.source", usual)
+    tables = {key: table for key, table in recipe.items() if isinstance(table, DictConfig) and usual in table}
+    for table in tables.values():
+        if source not in table:
+            raise UserError(f"unknown choice recipe.source={source}; {nearest(str(source), map(str, table))}.")
+    return {group: table[source] for group, table in tables.items() if group in GROUPS}
+
+
+def _chosen(experiment: str, choices: dict[str, Any]) -> DictConfig:
+    """The tree with these choices of groups; a copy."""
+    words = tuple((group, str(choice)) for group, choice in choices.items())
+    for group, choice in words:
+        _require_choice(group, choice)
+    return copy.deepcopy(_compose_groups(CONF, experiment, words))
+
+
+def _with_methods(experiment: str, choices: dict[str, Any], names: list[str]) -> DictConfig:
+    """The tree with several methods; their order is that of the names."""
+    _require(0 < len(names) == len(set(names)), "method", "one method or different ones", names)
+    tree = _chosen(experiment, choices | {"method": names[0]})
+    if len(names) > 1:
+        nodes = {name: _chosen(experiment, choices | {"method": name}).method for name in names}
+        with open_dict(tree):
+            tree.method = {"name": naming.AND.join(names), naming.TARGET: "tract.methods.composed.Composed"} | nodes
+    return tree
 
 
 def _run_by_choices(experiment: str, overrides: dict[str, Any], query: str) -> str:
@@ -228,10 +282,19 @@ def from_tree(tree: DictConfig | dict) -> Config:
         config = OmegaConf.to_object(merged)
         _make_root_absolute(config)
     except OmegaConfBaseException as error:
+        if (refusal := _refusal_of_resolver(error)) is not None:
+            raise refusal from None
         where = f"bad value for {error.full_key}" if error.full_key else "configuration"
         raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
     return config
+
+
+def _refusal_of_resolver(error: BaseException | None) -> UserError | None:
+    """What a resolver has raised, from the error that OmegaConf makes of it."""
+    while error is not None and not isinstance(error, UserError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 @functools.cache
@@ -242,20 +305,14 @@ def _schema() -> DictConfig:
 def _make_root_absolute(config: Config) -> None:
     """One folder has one name, from wherever a run is started or resumed."""
     root = config.data.get("root")
-    if isinstance(root, str) and in_data_dir(root, config.runtime.data_dir) is None:
+    if isinstance(root, str) and naming.in_data_dir(root, config.runtime.data_dir) is None:
         config.data["root"] = str(Path(root).expanduser().absolute())
 
 
-def in_data_dir(root: str | None, data_dir: str) -> str | None:
-    """Where a data set's root lies in the machine's own folder of data sets ("": it is that folder); None outside."""
-    if root == data_dir:
-        return ""
-    inside = isinstance(root, str) and root.startswith(f"{data_dir}/")
-    return root.removeprefix(f"{data_dir}/") if inside else None
-
-
 def load_config(path: Path) -> Config:
-    """The configuration of an existing run folder.
+    """The configuration in an existing run folder.
+
+    Components are looked up by their names, wherever their code lies today.
 
     Raises:
         UserError: no such file, or not a configuration.
@@ -272,6 +329,10 @@ def load_config(path: Path) -> Config:
         ) from None
     if not isinstance(tree, dict):
         raise UserError(f"expected a configuration in {path}, got {type(tree).__name__}; start the run again.")
+    for group in COMPONENTS:
+        node = tree.get(group)
+        if isinstance(node, dict) and node.get("name") in choices_of(group):
+            node[naming.TARGET] = yaml.safe_load((CONF / group / f"{node['name']}.yaml").read_text())[naming.TARGET]
     return from_tree(tree)
 
 
@@ -283,36 +344,50 @@ def to_tree(config: Config) -> dict[str, Any]:
 
 
 def config_hash(config: Config) -> str:
-    """Eight hex digits of what decides a run's result: all but ``runtime``.
-
-    Of a ``data.root`` in the machine's own ``runtime.data_dir`` only what is below that counts.
-    """
-    tree = to_tree(config)
-    del tree["runtime"]
-    shared = in_data_dir(tree["data"].get("root"), config.runtime.data_dir)
-    if shared == "":
-        del tree["data"]["root"]
-    elif shared is not None:
-        tree["data"]["root"] = shared
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:8]
+    """See :func:`runfolder.naming.config_hash`."""
+    return naming.config_hash(to_tree(config))
 
 
 def run_name(config: Config) -> str:
     """Readable words plus the configuration's hash: the name of the run's folder."""
-    settings = [f"{v:g}" for k, v in config.method.items() if isinstance(v, float)]
-    method = "".join([config.method["name"], *settings])
-    words = [config.data["name"], config.model["name"], config.optim["name"], f"{config.epochs}ep", method]
-    return "-".join([*words, f"s{config.seed}", config_hash(config)])
+    return naming.run_name(to_tree(config))
+
+
+def folder_of(config: Config) -> RunFolder:
+    """Where this run lives: ``RUNS/EXPERIMENT/NAME-HASH``."""
+    return RunFolder(Path(config.runtime.runs) / config.experiment / run_name(config))
+
+
+def prepare_folder(config: Config) -> RunFolder:
+    """Make the run folder; write its ``config.yaml``, with this start's ``runtime``.
+
+    Not for a run that another process is training.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    folder = folder_of(config)
+    text = yaml.safe_dump(to_tree(config), sort_keys=False).encode()
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        if not folder.config.exists() or folder.config.read_bytes() != text:
+            write_atomically(folder.config, text)
+    except OSError as error:
+        raise UserError(
+            f"expected a folder that can be written, got {folder}: {error.strerror}.", FailureKind.disk
+        ) from None
+    return folder
 
 
 def build(node: dict[str, Any], **given: Any) -> Any:
-    """Call the ``_target_`` of a component with its options and what the caller gives."""
-    return get_object(node["_target_"])(**options_of(node), **given)
+    """Call the ``_target_`` of a component with its options, parts made first, and what the caller gives."""
+    parts = {key: build(part) for key, part in naming.parts(node).items()}
+    return get_object(node[naming.TARGET])(**options_of(node) | parts, **given)
 
 
 def options_of(node: dict[str, Any]) -> dict[str, Any]:
     """A component's options: all but its name and target."""
-    return {key: value for key, value in node.items() if key not in ("name", "_target_")}
+    return {key: value for key, value in node.items() if key not in ("name", naming.TARGET)}
 
 
 def validate(config: Config) -> None:
@@ -323,7 +398,7 @@ def validate(config: Config) -> None:
     """
     for key in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
         _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
-    for key in ("max_steps", "micro_batch", "overfit_batches"):
+    for key in ("max_steps", "micro_batch", "mix_group", "overfit_batches"):
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
     _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)
@@ -335,6 +410,7 @@ def validate(config: Config) -> None:
     _require(
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )
+    _require(config.bias_lr > 0, "bias_lr", "above 0", config.bias_lr)
     clip = config.clip_grad_norm
     _require(clip is None or clip > 0, "clip_grad_norm", "above 0 or null", clip)
     runtime = config.runtime
@@ -353,13 +429,15 @@ def validate(config: Config) -> None:
         _require_one_or_null(f"runtime.{key}", getattr(runtime, key))
     deadline = runtime.deadline_minutes
     _require(deadline is None or deadline > 0, "runtime.deadline_minutes", "above 0 or null", deadline)
-    for group in ("model", "data", "optim", "schedule", "method"):
+    for group in COMPONENTS:
         _check_component(group, getattr(config, group))
     rates = {"lr": config.optim.get("lr")} | {k: v for k, v in config.optim.items() if k.endswith("_lr")}
     for key, rate in rates.items():
         _require(isinstance(rate, int | float) and 0 < rate < math.inf, f"optim.{key}", "a number above 0", rate)
-    damping = config.method.get("lambda_", 1.0)
-    _require(0 < damping < math.inf, "method.lambda_", "a number above 0", damping)
+    try:
+        build(config.method)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method: {error}") from None
     for key, value in options_of(config.model).items():
         if isinstance(value, int) and not isinstance(value, bool):
             _require(value >= 1, f"model.{key}", "at least 1", value)
@@ -369,10 +447,14 @@ def validate(config: Config) -> None:
 
 
 def _check_component(group: str, node: dict[str, Any]) -> None:
-    if "_target_" not in node:
+    if naming.TARGET not in node:
         raise UserError(f"expected {group}=NAME with one of {', '.join(choices_of(group))}, got none.")
-    parameters = _parameters_of(node["_target_"])
+    parameters, parts = _parameters_of(node[naming.TARGET]), naming.parts(node)
+    for key, part in parts.items():
+        _check_component(f"{group}.{key}", part)
     for key, value in options_of(node).items():
+        if key in parts:
+            continue
         if key not in parameters:
             raise UserError(f"unknown key {group}.{key}; {nearest(key, parameters)}.")
         expected = parameters[key].annotation
@@ -433,9 +515,9 @@ def _require_choice(group: str, choice: str) -> None:
 
 
 @functools.cache
-def _compose_groups(experiment: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
+def _compose_groups(conf: Path, experiment: str, choices: tuple[tuple[str, str], ...]) -> DictConfig:
     # A component's keys must exist before they are set, so the tree is closed to new ones.
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    with initialize_config_dir(str(conf), version_base="1.3"):
         try:
             tree = compose(experiment, [f"{group}={choice}" for group, choice in choices])
         except (HydraException, OmegaConfBaseException) as error:
@@ -454,17 +536,10 @@ def _set(tree: DictConfig, key: str, value: Any) -> None:
         raise UserError(f"bad value for {key}: {_first_line(error)}.") from None
 
 
-def _flat_keys(node: DictConfig, prefix: str = "") -> set[str]:
-    keys = set()
-    for key in node:
-        path = f"{prefix}{key}"
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none() and not child._is_interpolation():
-            keys |= _flat_keys(child, f"{path}.")
-        else:
-            keys.add(path)
-    # The script decides the experiment, the choice of a group the component and its name.
-    return {key for key in keys if key != "experiment" and not key.endswith(("_target_", ".name"))}
+def _flat_keys(tree: DictConfig) -> set[str]:
+    """The keys that a person may set; the script decides the experiment, a group's choice the name."""
+    keys = naming.flatten(OmegaConf.to_container(tree))
+    return {key for key in keys if key != "experiment" and not key.endswith((naming.TARGET, ".name"))}
 
 
 def _require(condition: bool, key: str, expected: str, got: Any) -> None:

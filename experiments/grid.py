@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from experiments.config import CONF, Config, compose_config, run_name
-from experiments.errors import UserError, nearest
+from runfolder.errors import UserError, nearest
 
 Point = dict[str, Any]
 
@@ -109,11 +108,3 @@ def _distinct(values: Iterable[Any]) -> list[Any]:
 
 def _words(values: list[Any]) -> str:
     return ", ".join(str(value) for value in values) or "none"
-
-
-def relative(folder: Path) -> str:
-    """A run folder as a person types it: relative to the current folder where possible."""
-    try:
-        return str(folder.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return str(folder)

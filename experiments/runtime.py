@@ -24,6 +24,7 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
+import dataclasses
 import itertools
 import statistics
 import time
@@ -31,24 +32,19 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn as nn
 
-from experiments.config import Config, build, compose_config, options_of, parse_single, to_tree
-from experiments.errors import EXIT_BAD_INPUT, UserError, nearest
-from experiments.models import build_model
-from experiments.training.augment import IN_BATCHES
-from experiments.training.data import Batches
-from experiments.training.datasets import ImageData, Split
-from experiments.training.files import write_json
+from experiments.config import Config, build, compose_config, parse_single, to_tree
+from experiments.data.augment import IN_BATCHES
+from experiments.data.images import ImageData, Split
+from experiments.ranks import Ranks, choose_device
+from experiments.training.assembly import build_trainer
 from experiments.training.log import RunLog
 from experiments.training.loop import Trainer
-from experiments.training.optim import build_optimizer
-from experiments.training.parallel import Ranks, choose_device
 from experiments.training.provenance import hardware, versions
-from experiments.training.randomness import seed_torch
-from experiments.training.run import torch_settings
 from experiments.training.stop import StopRequest
-from experiments.training.tasks import task_of
+from experiments.training.torch_settings import torch_settings
+from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest
+from runfolder.files import write_json
 
 METHODS = ("vanilla", "tract")
 
@@ -142,7 +138,7 @@ def _steps(trainer: Trainer) -> Iterator[None]:
     for epoch in itertools.count():
         trainer.model.train()
         for index, batch in enumerate(trainer.batches.train(epoch)):
-            trainer._step(batch, trainer.batches.global_count(index))
+            trainer.step(batch, trainer.batches.global_count(index))
             trainer.progress.step += 1
             yield
 
@@ -162,55 +158,26 @@ def _wait(device: torch.device) -> None:
 
 
 def _trainer(setting: Setting, config: Config, batches: int, device: torch.device) -> Trainer:
-    """As a run makes it, but with synthetic images, a constant learning rate and no record."""
-    ranks = Ranks()
+    """As a run makes it, but with synthetic images and no record."""
     data = _synthetic(setting, config, batches * config.batch_size)
-    task = task_of(config, data)
-    pipe = Batches(
-        data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        drop_last=True,
-        overfit=None,
-        eval_batch_size=config.eval_batch_size,
-        workers=0,
-        ranks=ranks,
-        device=device,
-    )
-    seed_torch(config.seed, "initialisation")
-    model, method = _network(setting, config), build(config.method)
-    method.apply(model)
-    model.to(device, memory_format=torch.channels_last if config.channels_last else torch.contiguous_format)
-    optimizer = build_optimizer(config.optim, method, model, config.decay_matrices_only)
-    log, stop = RunLog(None, {}, {}, task.headline), StopRequest(None)
-    return Trainer(
-        config, task, model, method, optimizer, lambda step: 1.0, pipe, log, stop, ranks, lambda step, state: None
-    )
-
-
-def _network(setting: Setting, config: Config) -> nn.Module:
-    sizes = {"in_channels": setting.channels, "image_size": setting.image_size}
-    return build_model(config.model["name"], setting.classes, **sizes, **options_of(config.model))
+    return build_trainer(config, data, Ranks(), device, StopRequest(None), RunLog(), lambda step, state: None)
 
 
 def _synthetic(setting: Setting, config: Config, count: int) -> ImageData:
     draw, channels, size = torch.Generator().manual_seed(0), setting.channels, setting.image_size
     images = torch.randint(256, (count, channels, size, size), dtype=torch.uint8, generator=draw)
     labels = torch.randint(setting.classes, (count,), generator=draw)
-    split, options = Split(labels, images), config.data
-    return ImageData(
-        train=split,
-        test=Split(labels[:1], images[:1]),
-        classes=[str(number) for number in range(setting.classes)],
-        channels=channels,
+    options = build(config.data)
+    options = dataclasses.replace(
+        options,
         image_size=size,
-        mean=options["mean"] or [0.5] * channels,
-        std=options["std"] or [0.25] * channels,
-        augment=options["augment"] if options["augment"] in IN_BATCHES else "none",
-        padding=options["padding"],
-        flip=options["flip"],
+        mean=options.mean or [0.5] * channels,
+        std=options.std or [0.25] * channels,
+        augment=options.augment if options.augment in IN_BATCHES else "none",
         in_memory=True,
     )
+    classes = [str(number) for number in range(setting.classes)]
+    return ImageData(Split(labels, images), Split(labels[:1], images[:1]), classes, options)
 
 
 # -- the table ------------------------------------------------------------------------------------

@@ -10,7 +10,8 @@ and method, 800 epochs. Flowers-102 is downloaded; Stanford Cars has to be put i
 Cost, estimated from multiply-adds at 40 % of an A100's bfloat16 peak: 0.6 GPU-hours a run, if the images come fast
 enough. Not measured on a GPU yet.
 Published (top-1): 98.94 / 90.70 / 94.39 / 90.44 %, with TrAct 99.02 / 90.85 / 95.58 / 91.07 %. How the authors
-fine-tuned beyond the numbers of epochs is not published; the recipe here is the DeiT authors' for their first model.
+fine-tuned beyond the numbers of epochs is not published; the recipe here is the DeiT authors' for their first model,
+whose other elements are those of its training on ImageNet: conf/transfer.yaml names the source of each value.
 """
 
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import main
+from slurm.command import main
 
 if __name__ == "__main__":
     sys.exit(main("transfer", __doc__, grid="table4"))

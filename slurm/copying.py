@@ -24,7 +24,8 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from experiments.errors import UserError
+from runfolder.errors import UserError
+from runfolder.failures import FailureKind
 
 TARS, ZIPS = (".tar", ".tar.gz", ".tgz"), (".zip",)
 _AT_ONCE = 8  # files that are copied side by side: on a shared file system the waits add up, not the bytes
@@ -79,7 +80,7 @@ class Copying:
                     f"expected {gigabytes(size)} free for {self.source} in {self.target.parent} on node "
                     f"{socket.gethostname()}, got {gigabytes(self._free())}; delete what is not needed there or give "
                     "another folder.",
-                    "disk",
+                    FailureKind.disk,
                 )
 
     def _free(self) -> int:
@@ -282,11 +283,15 @@ def _archive_errors(copying: Copying) -> Iterator[None]:
 
 def _damaged(source: Path, got: str) -> UserError:
     where = f"on node {socket.gethostname()}"
-    return UserError(f"expected a complete copy of {source} {where}, got {got}; look whether it is damaged.", "data")
+    return UserError(
+        f"expected a complete copy of {source} {where}, got {got}; look whether it is damaged.", FailureKind.data
+    )
 
 
 def _unsafe(source: Path, got: str) -> UserError:
-    return UserError(f"expected members that stay inside {source}, got {got}; unpack it by hand if it is safe.", "data")
+    return UserError(
+        f"expected members that stay inside {source}, got {got}; unpack it by hand if it is safe.", FailureKind.data
+    )
 
 
 def _on_disk(sizes: Iterable[int]) -> int:
@@ -323,7 +328,7 @@ def disk_errors(source: Path, root: Path) -> Iterator[None]:
             f"expected space for {source} in {root} on node {socket.gethostname()}, got a full disk with "
             f"{gigabytes(shutil.disk_usage(root).free)} free while copying (are there too many files?); delete what "
             "is not needed there or give another folder.",
-            "disk",
+            FailureKind.disk,
         ) from None
 
 

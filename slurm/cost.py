@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import islice
 from pathlib import Path
 
 from experiments.config import Config, load_config
-from experiments.errors import UserError
-from experiments.training.files import read_json
-from experiments.training.state import newest, step_of
+from runfolder.errors import UserError
+from runfolder.files import read_json
+from runfolder.folder import RunFolder
+from runfolder.states import is_finished
 
 _SAMPLE = 40  # finished runs that are looked at
 
 
-def describe_cost(configs: dict[Path, Config]) -> str:
+def describe_cost(configs: dict[RunFolder, Config]) -> str:
     """One sentence: GPU-hours of these runs (core-hours count as GPU-hours of runs without a GPU), and from what.
 
     A run is taken to need as many seconds per epoch as finished runs of the same experiment
     with the same network, data and batch size did; else ``runtime.gpu_seconds_per_epoch``.
     """
-    measured = _measured(next(iter(configs)).parent)
+    measured = _measured(next(iter(configs)).path.parent)
     hours, sources = 0.0, Counter()
     for folder, config in configs.items():
         ranks = max(1, config.runtime.gpus)
@@ -48,10 +50,11 @@ def describe_cost(configs: dict[Path, Config]) -> str:
 def _measured(experiment: Path) -> dict[tuple, float]:
     """{kind of run: seconds per epoch}, the mean over some finished runs."""
     sums: dict[tuple, list[float]] = {}
-    for path in sorted(experiment.glob("*/result.json"))[:_SAMPLE]:
-        result = read_json(path)
+    folders = map(RunFolder, sorted(experiment.glob("*")))
+    for folder in islice(filter(is_finished, folders), _SAMPLE):
+        result = read_json(folder.result)
         try:
-            kind = _kind(load_config(path.parent / "config.yaml"))
+            kind = _kind(load_config(folder.config))
             sums.setdefault(kind, []).append(result["seconds"] / result["epochs"])
         except (UserError, KeyError, TypeError, ZeroDivisionError):
             continue
@@ -62,7 +65,7 @@ def _kind(config: Config) -> tuple:
     return (config.model["name"], config.data["name"], config.batch_size, config.runtime.gpus, config.max_steps)
 
 
-def _done(folder: Path) -> float:
+def _done(folder: RunFolder) -> float:
     """The share of a run that its newest checkpoint holds."""
-    steps = read_json(folder / "progress.json").get("steps")
-    return min(1.0, step_of(newest(folder / "checkpoints")) / steps) if steps else 0.0
+    steps = read_json(folder.progress).get("steps")
+    return min(1.0, folder.last_step() / steps) if steps else 0.0

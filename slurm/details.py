@@ -5,25 +5,24 @@ from __future__ import annotations
 import argparse
 import os
 import shlex
-from contextlib import suppress
 from pathlib import Path
 
-from experiments.training.files import read_json
-from experiments.training.lease import describe, highest
+from runfolder.folder import RunFolder, relative
+from runfolder.states import LIVE, State
 from slurm import ledger
-from slurm.facts import LIVE, Run, facts, is_number, text
+from slurm.facts import Run, facts, is_number, text
 from slurm.ledger import Entry
-from slurm.listing import shown, span, typed
+from slurm.overview import command_line, span
 from slurm.tail import last_lines, output_of
 
 
 def details(entry: Entry, options: argparse.Namespace) -> list[str]:
-    """The lines of ``show``; ``options`` as for :func:`slurm.listing.listing`."""
-    said = facts(entry)
+    """The lines of ``show``; ``options`` as for :func:`slurm.overview.listing`."""
+    run = facts(entry)
     blocks = [
-        _head(entry, said),
+        _head(entry, run),
         _attempts(entry),
-        _whole_failure(said),
+        _whole_failure(run),
         _last_output(entry.folder),
         _files(entry),
         _ways_on(entry, options),
@@ -31,35 +30,27 @@ def details(entry: Entry, options: argparse.Namespace) -> list[str]:
     return "\n\n".join("\n".join(block) for block in blocks if block).split("\n")
 
 
-def _head(entry: Entry, said: Run) -> list[str]:
-    unknown = "?" if said["damaged"] else "-"
-    values = {key: round(value, 2) if is_number(value) else unknown for key, value in said.items()}
+def _head(entry: Entry, run: Run) -> list[str]:
+    unknown = "?" if run["damaged"] else "-"
+    values = {key: round(value, 2) if is_number(value) else unknown for key, value in run.items()}
     progress = f"step {values['step']} of {values['steps']}, epoch {values['epoch']} of {values['epochs']}"
-    speed = [f"{said['headline'] or 'score'} {values['score']}"]
-    speed += [f"{said['images_per_second']:.0f} images/s"] if said["images_per_second"] is not None else []
-    speed += [f"{span(said['seconds_left'])} left"] if said["seconds_left"] is not None else []
-    speed += [f"{span(said['seconds'])} of training"] if said["seconds"] is not None else []
+    speed = [f"{run['primary_metric'] or 'value'} {values['value']}"]
+    speed += [f"{run['images_per_second']:.0f} images/s"] if run["images_per_second"] is not None else []
+    speed += [f"{span(run['seconds_left'])} left"] if run["seconds_left"] is not None else []
+    speed += [f"{span(run['seconds'])} of training"] if run["seconds"] is not None else []
     lines = [
-        f"run         {said['run']}",
-        f"state       {said['state']}{' (' + said['reason'] + ')' if said['reason'] else ''}",
-        f"folder      {shown(entry.folder)}",
+        f"run         {run['run']}",
+        f"state       {run['state']}{' (' + run['reason'] + ')' if run['reason'] else ''}",
+        f"folder      {relative(entry.folder)}",
         f"progress    {', '.join([progress, *speed])}",
     ]
-    if said["submission"]:
-        lines.append(f"submission  {said['submission']}")
-    if entry.task:
-        lines.append(f"job         {entry.task.job}, {entry.task.state} {entry.task.nodes}".rstrip())
-    if entry.state == "running":
-        lines.append(f"trained by  {holder(entry.folder)}")
+    if run["submission"]:
+        lines.append(f"submission  {run['submission']}")
+    if entry.job:
+        lines.append(f"job         {entry.job.id}, {entry.job.state} {entry.job.nodes}".rstrip())
+    if entry.state == State.running:
+        lines.append(f"trained by  {text(ledger.holder(entry.folder))}")
     return lines
-
-
-def holder(folder: Path) -> str:
-    """Who trains a run, by its lease; ? where that cannot be read."""
-    path = highest(folder / "lease")[1]
-    with suppress(KeyError, TypeError):
-        return text(describe(read_json(path) if path else {})) or "?"
-    return "?"
 
 
 def _attempts(entry: Entry) -> list[str]:
@@ -75,11 +66,11 @@ def _attempts(entry: Entry) -> list[str]:
         if last and reached is None:
             reached = entry.progress.get("step")
         began = None if last else attempts[number].get("from_step")
-        if last and entry.state not in ("running", "finished"):
-            began = ledger.last_step(entry.folder)
+        if last and entry.state not in (State.running, State.finished):
+            began = entry.folder.last_step()
         lost = max(0, reached - began) if is_number(reached) and is_number(began) else None
         total += lost or 0
-        outcome = attempt.get("outcome") or ("running" if last and entry.state == "running" else "cut off")
+        outcome = attempt.get("outcome") or ("running" if last and entry.state == State.running else "cut off")
         again = f" (start {attempt['restart'] + 1})" if is_number(attempt.get("restart")) else ""
         job = f"{attempt['job']}{again}" if attempt.get("job") else None
         steps = (attempt.get("from_step"), reached, attempt.get("saved_step"), lost)
@@ -91,8 +82,8 @@ def _attempts(entry: Entry) -> list[str]:
     return [*lines, f"steps that had to be repeated: {total}"]
 
 
-def _whole_failure(said: Run) -> list[str]:
-    failure = said["failure"]
+def _whole_failure(run: Run) -> list[str]:
+    failure = run["failure"]
     if failure is None:
         return []
     place = " on " + failure["host"] if failure["host"] else ""
@@ -101,7 +92,7 @@ def _whole_failure(said: Run) -> list[str]:
     return [head, *(f"  | {line}" for line in failure["traceback"])]
 
 
-def _last_output(folder: Path) -> list[str]:
+def _last_output(folder: RunFolder) -> list[str]:
     path = output_of(folder)
     if path is None:
         return []
@@ -112,23 +103,23 @@ def _last_output(folder: Path) -> list[str]:
 
 def _files(entry: Entry) -> list[str]:
     folder = entry.folder
-    found = [folder / name for name in ("output.txt", "log.txt") if os.path.isfile(folder / name)]
+    found = [path for path in (folder.output, folder.log) if os.path.isfile(path)]
     submission = entry.claim.get("submission")
     if isinstance(submission, str) and submission:
-        jobs = folder.absolute().parent / ledger.SUBMISSIONS / submission / "jobs"
-        job = entry.claim.get("job") or (entry.task.job if entry.task else None)
+        jobs = folder.submissions / submission / "jobs"
+        job = entry.claim.get("job") or (entry.job.id if entry.job else None)
         logs = sorted(jobs.glob(f"{job}_*_log.*")) if isinstance(job, str) else []
         found += logs or ([jobs] if jobs.is_dir() else [])
-    return ["files:", *(f"  {shown(path)}" for path in found)] if found else []
+    return ["files:", *(f"  {relative(path)}" for path in found)] if found else []
 
 
 def _ways_on(entry: Entry, options: argparse.Namespace) -> list[str]:
     name = entry.folder.name
-    if entry.state == "finished":
+    if entry.state == State.finished:
         return []
     if entry.state in LIVE:
-        return [f"follow: {typed(options, 'logs', name)}", f"stop:   {typed(options, 'cancel', name)}"]
-    script = Path(__file__).resolve().parents[1] / "experiments" / f"{entry.folder.absolute().parent.name}.py"
-    here = shlex.join(["python", shown(script), "--resume", shown(entry.folder)])
-    again = typed(options, "retry", name) if entry.claim.get("submission") else None
+        return [f"follow: {command_line(options, 'logs', name)}", f"stop:   {command_line(options, 'cancel', name)}"]
+    script = Path(__file__).resolve().parents[1] / "experiments" / f"{entry.folder.experiment}.py"
+    here = shlex.join(["python", relative(script), "--resume", relative(entry.folder)])
+    again = command_line(options, "retry", name) if entry.claim.get("submission") else None
     return [*([f"submit again:  {again}"] if again else []), f"continue here: {here}"]

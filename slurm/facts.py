@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from runfolder.states import State, is_cancelled
 from slurm.ledger import Entry
 
-LIVE = ("running", "queued")
-CANCELLED, FAILURE = "cancelled", "failure.json"
 Run = dict[str, Any]  # what facts() gives
 
 
@@ -18,25 +17,25 @@ def facts(entry: Entry) -> Run:
     ``damaged`` says that a file which should tell more cannot be read.
     """
     source, values, damaged = _told_figures(entry), {}, False
-    for key in ("step", "steps", "epoch", "epochs", "score", "images_per_second", "seconds_left", "seconds"):
+    for key in ("step", "steps", "epoch", "epochs", "value", "images_per_second", "seconds_left", "seconds"):
         value = source.get(key)
         values[key] = value if is_number(value) else None
         damaged |= value is not None and values[key] is None
-    if entry.state != "running":
+    if entry.state != State.running:
         values |= {"images_per_second": None, "seconds_left": None}
-    name = "result.json" if entry.state == "finished" else "progress.json"
-    damaged |= values["step"] is None and os.path.exists(entry.folder / name)
-    failure = _failure_of(entry) if entry.state == "failed" else None
+    told = entry.folder.result if entry.state == State.finished else entry.folder.progress
+    damaged |= values["step"] is None and os.path.exists(told)
+    failure = _failure_of(entry) if entry.state == State.failed else None
     return {
         "run": entry.folder.name,
-        "experiment": entry.folder.absolute().parent.name,
+        "experiment": entry.folder.experiment,
         "folder": str(entry.folder),
         "state": entry.state,
         **values,
-        "headline": text(source.get("headline")),
+        "primary_metric": text(source.get("primary_metric")),
         "attempts": entry.attempts or (source["attempts"] if is_number(source.get("attempts")) else 0),
         "node": _node_of(entry, failure),
-        "job": entry.task.job if entry.task else None,
+        "job": entry.job.id if entry.job else None,
         "submission": text(entry.claim.get("submission")),
         "reason": _reason_of(entry, failure),
         "failure": failure,
@@ -46,32 +45,32 @@ def facts(entry: Entry) -> Run:
 
 def _told_figures(entry: Entry) -> dict[str, Any]:
     """Figures of ``progress.json``, or of ``result.json`` in the same form."""
-    if entry.state != "finished":
+    if entry.state != State.finished:
         return entry.progress
     result, metrics = entry.result, entry.result.get("metrics")
     if not isinstance(metrics, dict):
         return {}
-    score = metrics.get(text(result.get("headline")))
-    whole = {"step": result.get("steps"), "epoch": result.get("epochs"), "score": score}
+    value = metrics.get(text(result.get("primary_metric")))
+    whole = {"step": result.get("steps"), "epoch": result.get("epochs"), "value": value}
     return result | whole
 
 
 def _failure_of(entry: Entry) -> dict[str, Any]:
-    said = entry.failure
-    lines = said.get("traceback")
+    failure = entry.failure
+    lines = failure.get("traceback")
     return {
-        "kind": text(said.get("kind")) or "?",
-        "reason": text(said.get("reason")) or f"{FAILURE} cannot be read",
-        "host": text(said.get("host")),
-        "when": text(said.get("when")),
+        "kind": text(failure.get("kind")) or "?",
+        "reason": text(failure.get("reason")) or f"{entry.folder.failure.name} cannot be read",
+        "host": text(failure.get("host")),
+        "when": text(failure.get("when")),
         "traceback": [text(line) or "" for line in lines] if isinstance(lines, list) else [],
     }
 
 
 def _node_of(entry: Entry, failure: dict | None) -> str | None:
-    if entry.task and entry.task.nodes:
-        return entry.task.nodes
-    if entry.state in ("finished", "queued", "missing"):
+    if entry.job and entry.job.nodes:
+        return entry.job.nodes
+    if entry.state in (State.finished, State.queued, State.missing):
         return None
     return (failure or {}).get("host") or text(entry.progress.get("host"))
 
@@ -80,13 +79,13 @@ def _reason_of(entry: Entry, failure: dict | None) -> str | None:
     """Why a run is not (or no longer) computing, in a word or two."""
     if failure:
         return failure["kind"]
-    if entry.state == "running":
-        return "is being cancelled" if os.path.exists(entry.folder / CANCELLED) else None
-    if entry.state != "queued":
+    if entry.state == State.running:
+        return "is being cancelled" if is_cancelled(entry.folder) else None
+    if entry.state != State.queued:
         return None
-    if entry.task:
-        starts = "starting" if entry.task.state == "RUNNING" else entry.task.state.lower()
-        return entry.task.reason or starts
+    if entry.job:
+        starts = "starting" if entry.job.state == "RUNNING" else entry.job.state.lower()
+        return entry.job.reason or starts
     if not entry.claim.get("submitted"):
         return "being submitted"
     return "local" if entry.claim.get("scheduler") == "local" else "Slurm does not answer"

@@ -10,12 +10,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from experiments.config import Config, build
-from experiments.errors import UserError, nearest
+from runfolder.errors import UserError, nearest
 from slurm import queue
 from slurm.profile import ROOT, Cluster, Scheduler
 
@@ -36,26 +35,17 @@ _CURES = {
     "": "cluster.extra",
 }
 _PERHAPS_LATER = re.compile("node configuration|node not available|nodes are busy|nodes required", re.IGNORECASE)
-_Say = Callable[[str], None]
 
 
-def check(
-    cluster: Cluster,
-    runs: Path,
-    configs: list[Config],
-    code: Path | None = None,
-    options: list[str] | None = None,
-    verbose: bool = False,
-) -> list[str]:
+def check(cluster: Cluster, runs: Path, configs: list[Config], options: list[str], code: Path = ROOT) -> list[str]:
     """Try all that a job will need. Makes the runs' folder and downloads data sets, and nothing else.
 
     Args:
         cluster: where the jobs will run.
         runs: the folder of all runs.
         configs: the runs, for their data sets.
-        code: the folder that jobs will run in; the repository if not given.
-        options: sbatch's options of a job; from the profile if not given.
-        verbose: print what was checked.
+        options: sbatch's options of a job.
+        code: the folder that jobs will run in.
 
     Returns:
         Sentences on what is not wrong but worth knowing.
@@ -63,42 +53,21 @@ def check(
     Raises:
         UserError: the first thing that is wrong, with its cure.
     """
-    say: _Say = (lambda text: print(f"checked: {text}", flush=True)) if verbose else (lambda text: None)
     notes = []
     if cluster.scheduler is Scheduler.slurm:
-        _check_commands(say)
-        notes += _check_partitions(cluster, say)
-        notes += _check_request(cluster, sbatch_options(cluster) if options is None else options, say)
-    notes += _check_runs(runs, cluster, say)
-    notes += _check_staging(cluster, say)
-    notes += _check_code(cluster, code or ROOT, say)
+        _check_commands()
+        notes += _check_partitions(cluster)
+        notes += _check_request(cluster, options)
+    notes += _check_runs(runs, cluster)
+    notes += _check_staging(cluster)
+    notes += _check_code(cluster, code)
     if cluster.stage_from is None:  # else the runs read what is staged from there
         for config in {(c.data["_target_"], c.data.get("root")): c for c in configs}.values():
-            _check_data(config, say)
+            build(config.data).fetch()  # now, since compute nodes may have no network
     return notes
 
 
-def sbatch_options(cluster: Cluster) -> list[str]:
-    """What a profile asks of sbatch for every job, without the GPUs, which depend on the runs."""
-    given = {
-        "partition": cluster.partition,
-        "account": cluster.account,
-        "qos": cluster.qos,
-        "constraint": cluster.constraint,
-        "exclude": cluster.exclude,
-        "reservation": cluster.reservation,
-        "time": cluster.timeout_minutes,
-        "nodes": cluster.nodes,
-        "ntasks-per-node": cluster.tasks_per_node,
-        "cpus-per-task": cluster.cpus_per_task,
-        "mem": None if cluster.memory_gb is None else f"{round(1024 * cluster.memory_gb)}M",
-    }
-    given |= {name.replace("_", "-"): value for name, value in cluster.extra.items()}
-    present = {name: value for name, value in given.items() if value is not None}
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in present.items()]
-
-
-def _check_commands(say: _Say) -> None:
+def _check_commands() -> None:
     if absent := queue.missing_commands():
         raise UserError(
             f"expected Slurm's commands, found no {', '.join(absent)}; log in to the cluster, or give cluster=local."
@@ -108,10 +77,9 @@ def _check_commands(say: _Say) -> None:
             "expected a Slurm controller that answers `scontrol ping`, got none; try again later, "
             "or give cluster=local."
         )
-    say("Slurm answers")
 
 
-def _check_partitions(cluster: Cluster, say: _Say) -> list[str]:
+def _check_partitions(cluster: Cluster) -> list[str]:
     known = queue.partitions()
     if known is None:
         raise UserError("expected Slurm to list its partitions (`scontrol show partition`), got nothing; try again.")
@@ -130,7 +98,6 @@ def _check_partitions(cluster: Cluster, say: _Say) -> list[str]:
             raise UserError(f"expected partition {name} to be up, got one that starts no jobs; {nearest(name, up)}.")
     limits = [known[name].max_minutes for name in wanted]
     longest = None if None in limits else max(limits)
-    say(f"partition {chosen} is up, {f'at most {longest} minutes' if longest else 'without a time limit'}")
     if longest is None or cluster.timeout_minutes <= longest:
         return []
     if cluster.qos is not None:  # some let jobs run longer than their partition
@@ -141,7 +108,7 @@ def _check_partitions(cluster: Cluster, say: _Say) -> list[str]:
     )
 
 
-def _check_request(cluster: Cluster, options: list[str], say: _Say) -> list[str]:
+def _check_request(cluster: Cluster, options: list[str]) -> list[str]:
     """Let Slurm judge a job that is not submitted."""
     command = ["sbatch", "--test-only", *options, "--wrap", "true"]
     try:
@@ -152,7 +119,6 @@ def _check_request(cluster: Cluster, options: list[str], say: _Say) -> list[str]
         return ["sbatch --test-only took more than a minute, so Slurm has not been asked whether it takes the jobs."]
     accounts = queue.accounts() if cluster.account else []
     if done.returncode == 0:
-        say(f"Slurm takes jobs with {shlex.join(options)}")
         if accounts and cluster.account not in accounts:
             return [
                 f"cluster.account={cluster.account} is not among your accounts; {nearest(cluster.account, accounts)}."
@@ -171,7 +137,7 @@ def _check_request(cluster: Cluster, options: list[str], say: _Say) -> list[str]
     )
 
 
-def _check_runs(runs: Path, cluster: Cluster, say: _Say) -> list[str]:
+def _check_runs(runs: Path, cluster: Cluster) -> list[str]:
     try:
         runs.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=runs, prefix=".preflight-") as file:
@@ -187,7 +153,6 @@ def _check_runs(runs: Path, cluster: Cluster, say: _Say) -> list[str]:
             f"expected cluster.free_gib={cluster.free_gib:g} GiB free below {runs}, got {free:.1f}; "
             "make room, give runtime.runs=DIR, or ask for less."
         )
-    say(f"{runs} can be written, {free:.0f} GiB are free")
     if cluster.scheduler is Scheduler.slurm and _only_here(runs.resolve()):
         return [
             f"{runs} seems to be on this machine alone; jobs on other nodes need runtime.runs=DIR on a shared disk."
@@ -209,7 +174,7 @@ def _only_here(folder: Path) -> bool:
     return bool(kinds) and kinds[max(kinds, key=len)] in ("tmpfs", "ramfs", "devtmpfs")
 
 
-def _check_staging(cluster: Cluster, say: _Say) -> list[str]:
+def _check_staging(cluster: Cluster) -> list[str]:
     if cluster.stage_from is None:
         return []
     source = os.path.expanduser(os.path.expandvars(cluster.stage_from))
@@ -219,11 +184,10 @@ def _check_staging(cluster: Cluster, say: _Say) -> list[str]:
         ]
     if not Path(source).exists():
         raise UserError(f"expected data in cluster.stage_from={cluster.stage_from}, got no such file or folder.")
-    say(f"{source} is there, for the nodes to copy")
     return []
 
 
-def _check_code(cluster: Cluster, code: Path, say: _Say) -> list[str]:
+def _check_code(cluster: Cluster, code: Path) -> list[str]:
     """Import what a job imports, in the shell, container and interpreter of a job."""
     python = shlex.quote(os.path.expanduser(cluster.python or sys.executable))
     start = f"{cluster.container} {python}".strip()
@@ -236,7 +200,6 @@ def _check_code(cluster: Cluster, code: Path, say: _Say) -> list[str]:
     status, errors = _shell("\n".join([*parts, "set +e", path, "cd /", f"{start} -c {shlex.quote(_IMPORT)}"]))
     lines = [line for line in errors.strip().splitlines() if line.strip()]
     if status == 0:
-        say(f"{start} imports the code in {code}")
         return []
     if status is None:
         raise UserError(
@@ -245,10 +208,10 @@ def _check_code(cluster: Cluster, code: Path, say: _Say) -> list[str]:
         )
     if lines and lines[-1].startswith(_SETUP_FAILED):
         number, reason = lines[-1].removeprefix(_SETUP_FAILED).split()
-        said = f": {lines[-2].strip()}" if len(lines) > 1 else ""
+        words = f": {lines[-2].strip()}" if len(lines) > 1 else ""
         raise UserError(
             f"expected each line of cluster.setup to succeed, got exit code {reason} from "
-            f"`{cluster.setup[int(number)]}`{said}; correct it, or append `|| true`."
+            f"`{cluster.setup[int(number)]}`{words}; correct it, or append `|| true`."
         )
     last = lines[-1].strip() if lines else f"exit code {status}"
     if status == 127 and cluster.container:  # some clusters have containers on the compute nodes only
@@ -278,28 +241,3 @@ def _shell(script: str) -> tuple[int | None, str]:
         process.wait()
         errors.seek(0)
         return status, errors.read()
-
-
-def _check_data(config: Config, say: _Say) -> None:
-    """Data must be there before jobs start: compute nodes may have no network."""
-    kind, root = config.data["_target_"].rsplit(".", 1)[-1], config.data.get("root")
-    if kind == "imagefolder":
-        base = Path(root).expanduser()
-        splits = [name for name in ("train", "test", "val") if (base / name).is_dir()]
-        if "train" not in splits or len(splits) < 2:
-            found = ", ".join(splits) or ("neither" if base.is_dir() else "no such folder")
-            raise UserError(
-                f"expected train/ and test/ (or val/) in data.root={base}, got {found}; give data.root=DIR."
-            )
-        say(f"images are in {base}")
-    elif kind in ("cifar10", "cifar100"):
-        from torchvision.datasets import CIFAR10, CIFAR100
-
-        files = {"cifar10": CIFAR10, "cifar100": CIFAR100}[kind]
-        names = [name for name, _ in files.train_list + files.test_list]
-        if not all((Path(root) / files.base_folder / name).is_file() for name in names):
-            build(config.data)
-        say(f"{kind} is in {root}")
-    elif kind in ("flowers102", "stanford_cars", "voc2007"):
-        build(config.data)
-        say(f"{kind} is in {root}")

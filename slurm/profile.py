@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
 
-from experiments.errors import UserError, nearest
+from runfolder.errors import UserError, nearest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "experiments" / "conf" / "cluster"
@@ -101,6 +100,8 @@ def load_cluster(name: str | None = None, changes: dict[str, Any] | None = None)
     Raises:
         UserError: no such profile, an unknown key or a bad value, with the file it stands in.
     """
+    from omegaconf import OmegaConf  # which jobs, who read what is written down, can do without
+
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for path, content in reversed(_lineage(name or os.environ.get("TRACT_CLUSTER") or "slurm")):

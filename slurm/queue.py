@@ -14,7 +14,7 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from experiments.errors import UserError
+from runfolder.errors import UserError
 
 _COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 _FIELD, _RECORD = "\x1f", "\x1e"  # no name of a job or node has these
@@ -25,10 +25,10 @@ _CHUNK = 200  # jobs per command line
 
 
 @dataclass(frozen=True)
-class Task:
+class QueuedJob:
     """A job in the queue, or one element of a job array."""
 
-    job: str  # 12, or 12_3 for an element of an array
+    id: str  # 12, or 12_3 for an element of an array
     name: str
     state: str  # PENDING, RUNNING, COMPLETING, ...
     reason: str  # why it waits: Priority, Resources, BeginTime, ...; "" while it runs
@@ -61,7 +61,7 @@ def answers(timeout: float = 30.0) -> bool:
     return "is UP" in (_output(["scontrol", "ping"], timeout) or "")
 
 
-def tasks(timeout: float = 10.0, users: Iterable[int] = ()) -> list[Task] | None:
+def jobs(timeout: float = 10.0, users: Iterable[int] = ()) -> list[QueuedJob] | None:
     """Jobs that have not ended, elements of arrays one by one: this user's, and those of other users.
 
     Args:
@@ -82,8 +82,8 @@ def tasks(timeout: float = 10.0, users: Iterable[int] = ()) -> list[Task] | None
     return found
 
 
-def _parsed(text: str, end: str) -> list[Task] | None:
-    """One task per record; None if the text has another form."""
+def _parsed(text: str, end: str) -> list[QueuedJob] | None:
+    """One job per record; None if the text has another form."""
     found = []
     for record in text.split(f"{end}\n")[:-1]:
         values = record.split(_FIELD)
@@ -91,7 +91,7 @@ def _parsed(text: str, end: str) -> list[Task] | None:
             return None
         job, state, reason, nodes, restarts, name = values
         reason = "" if reason == "None" else reason
-        found.append(Task(job, name, state, reason, nodes, int(restarts) if restarts.isdecimal() else None))
+        found.append(QueuedJob(job, name, state, reason, nodes, int(restarts) if restarts.isdecimal() else None))
     return found if found or not text.strip() else None
 
 

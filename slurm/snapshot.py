@@ -7,15 +7,15 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.errors import UserError
-from experiments.training.files import TEMPORARY, write_json
 from experiments.training.provenance import SNAPSHOT, code_of, listed
+from runfolder.errors import UserError
+from runfolder.files import TEMPORARY, write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PATCH = "snapshot.patch"
 _LARGE = 5 * 2**20  # bytes of an untracked file that is hardly code
 _NEVER = ("runs", "data")
-_PACKAGES = ("tract", "experiments", "slurm", "analysis")
+_PACKAGES = ("runfolder", "tract", "experiments", "slurm", "analysis")
 _BESIDE = ("*.txt", "*.toml", "*.yml", "*.md")
 
 

@@ -38,9 +38,11 @@ from itertools import islice
 from pathlib import Path
 from typing import IO
 
-from experiments.errors import UserError
-from experiments.training.files import read_json, write_json
-from experiments.training.lease import describe, this_process
+from runfolder.errors import UserError
+from runfolder.failures import FailureKind
+from runfolder.files import read_json, write_json
+from runfolder.lease import describe
+from runfolder.process import this_process
 from slurm.copying import REPORT_EVERY, TARS, ZIPS, Copying, disk_errors, explained, gigabytes, status_of
 
 _GONE = ".removed-"
@@ -316,7 +318,9 @@ def _make(source: Path, state: str, entry: Path, report: Callable[[str], None]) 
         UserError: it could not be made.
     """
     if _is_used(entry):
-        raise UserError(f"expected a whole copy in {entry}, got a broken one in use; stop its users first.", "disk")
+        raise UserError(
+            f"expected a whole copy in {entry}, got a broken one in use; stop its users first.", FailureKind.disk
+        )
     copying = Copying(source, entry / "copying", report, _removals(entry.parent, report))
     try:
         for name in ("copying", "data"):

@@ -27,14 +27,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from experiments.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TRY_AGAIN, UserError, nearest
-from experiments.training.files import read_json, write_json
-from experiments.training.state import state_of
+from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TRY_AGAIN, UserError, nearest
+from runfolder.files import read_json, write_json
+from runfolder.folder import RunFolder, relative
+from runfolder.states import LIVE, State, is_cancelled, state_of
 from slurm import ledger, queue
-from slurm.details import details, holder
-from slurm.facts import CANCELLED, FAILURE, LIVE, Run, facts
-from slurm.ledger import STATES, Entry
-from slurm.listing import (
+from slurm.details import details
+from slurm.facts import Run, facts, text
+from slurm.ledger import Entry
+from slurm.overview import (
     WITHOUT_TERMINAL,
     by_experiment,
     counted,
@@ -44,7 +45,6 @@ from slurm.listing import (
     listing,
     seconds_left,
     several,
-    shown,
     states_of,
 )
 from slurm.tail import Tail
@@ -150,9 +150,7 @@ def _add_flags(parser: _Parser, verb: str) -> None:
         parser.add_argument("--all", action="store_true", help="all runs that are not finished")
     if verb not in ("show", "logs"):
         which = "show only rows" if verb == "watch" else "only runs"
-        parser.add_argument(
-            "--state", type=_states, metavar="S,S", help=f"{which} in these states: {', '.join(STATES)}"
-        )
+        parser.add_argument("--state", type=_states, metavar="S,S", help=f"{which} in these states: {', '.join(State)}")
     if verb == "list":
         parser.add_argument("--json", action="store_true", help="for scripts")
     if verb == "watch":
@@ -167,15 +165,15 @@ def _add_flags(parser: _Parser, verb: str) -> None:
 def _states(text: str) -> list[str]:
     states = [word for word in text.split(",") if word]
     for word in states or [text]:
-        if word not in STATES:
-            raise UserError(f"expected --state to be some of {', '.join(STATES)}, got {word!r}.")
+        if word not in list(State):
+            raise UserError(f"expected --state to be some of {', '.join(State)}, got {word!r}.")
     return states
 
 
 # -- which runs -------------------------------------------------------------------------
 
 
-def folders_of(options: argparse.Namespace, alone: bool) -> list[Path]:
+def folders_of(options: argparse.Namespace, alone: bool) -> list[RunFolder]:
     """The run folders that the command line's words name; all of them without words.
 
     Args:
@@ -185,8 +183,8 @@ def folders_of(options: argparse.Namespace, alone: bool) -> list[Path]:
     Raises:
         UserError: there are no runs, or a word names none or, with ``alone``, several.
     """
-    given = {word: Path(os.path.abspath(word)) for word in options.words}
-    given = {word: path for word, path in given.items() if (path / "config.yaml").is_file()}
+    given = {word: RunFolder(os.path.abspath(word)) for word in options.words}
+    given = {word: folder for word, folder in given.items() if folder.config.is_file()}
     if options.words and len(given) == len(options.words):
         return list(dict.fromkeys(given.values()))
     known = ledger.run_folders(options.runs, options.experiment)
@@ -203,7 +201,7 @@ def folders_of(options: argparse.Namespace, alone: bool) -> list[Path]:
     return list({os.path.abspath(folder): folder for folder in found}.values())
 
 
-def _named(word: str, known: list[Path], alone: bool) -> list[Path]:
+def _named(word: str, known: list[RunFolder], alone: bool) -> list[RunFolder]:
     part = word.strip("…").rstrip("/")
     names = {folder: str(folder) if "/" in part else folder.name for folder in known}
     if any(sign in part for sign in "*?["):
@@ -223,8 +221,8 @@ def _named(word: str, known: list[Path], alone: bool) -> list[Path]:
     return found
 
 
-def _entries(folders: list[Path], states: list[str] | None = None) -> list[Entry]:
-    found = ledger.entries(folders[0].absolute().parents[1], folders=folders)
+def _entries(folders: list[RunFolder], states: list[str] | None = None) -> list[Entry]:
+    found = ledger.entries(folders[0].runs, folders=folders)
     return [entry for entry in found if states is None or entry.state in states]
 
 
@@ -232,11 +230,8 @@ def exit_code(runs: list[Run]) -> int:
     """0 all finished, 75 something is running or queued, 1 otherwise."""
     if any(run["state"] in LIVE for run in runs):
         return EXIT_TRY_AGAIN
-    done = all(run["state"] == "finished" and not run["damaged"] for run in runs)
+    done = all(run["state"] == State.finished and not run["damaged"] for run in runs)
     return 0 if done else EXIT_INCOMPLETE
-
-
-# -- one run in figures -----------------------------------------------------------------
 
 
 # -- list -------------------------------------------------------------------------------
@@ -255,9 +250,6 @@ def _as_json(runs: list[Run], chosen: list[Run]) -> dict[str, Any]:
         for name, group in by_experiment(runs).items()
     }
     return {"counts": counts_of(states_of(runs)), "experiments": experiments, "runs": chosen}
-
-
-# -- failures ---------------------------------------------------------------------------
 
 
 # -- watch ------------------------------------------------------------------------------
@@ -284,7 +276,7 @@ def _watch(options: argparse.Namespace) -> int:
 
 def _looks(options: argparse.Namespace) -> Iterator[tuple[list[Run], list[str], bool]]:
     """All runs, their listing, and whether counts have changed; until nothing is running or queued."""
-    finished: dict[Path, Run] = {}
+    finished: dict[RunFolder, Run] = {}
     before = None
     while True:
         runs = _runs_again(options, finished)
@@ -297,12 +289,12 @@ def _looks(options: argparse.Namespace) -> Iterator[tuple[list[Run], list[str], 
         time.sleep(options.every)
 
 
-def _runs_again(options: argparse.Namespace, finished: dict[Path, Run]) -> list[Run]:
+def _runs_again(options: argparse.Namespace, finished: dict[RunFolder, Run]) -> list[Run]:
     """All runs; what has finished is remembered in ``finished`` and not read again."""
     folders = folders_of(options, alone=False)
     new = [folder for folder in folders if folder not in finished]
     fresh = {entry.folder: facts(entry) for entry in _entries(new)} if new else {}
-    finished |= {folder: run for folder, run in fresh.items() if run["state"] == "finished"}
+    finished |= {folder: run for folder, run in fresh.items() if run["state"] == State.finished}
     return [fresh.get(folder) or finished[folder] for folder in folders]
 
 
@@ -353,10 +345,10 @@ def _logs(options: argparse.Namespace) -> int:
         if tail.path is None and entry.state in LIVE:
             print(f"{folder.name} is {entry.state} and has said nothing yet", file=sys.stderr)
         entry = _follow(tail, entry)
-    said = facts(entry)
-    failure = f": {said['failure']['kind']}: {said['failure']['reason']}" if said["failure"] else ""
+    run = facts(entry)
+    failure = f": {run['failure']['kind']}: {run['failure']['reason']}" if run["failure"] else ""
     print(f"{folder.name}: {entry.state}{failure}", file=sys.stderr)
-    return exit_code([said])
+    return exit_code([run])
 
 
 def _follow(tail: Tail, entry: Entry) -> Entry:
@@ -369,7 +361,7 @@ def _follow(tail: Tail, entry: Entry) -> Entry:
             continue
         look = time.monotonic() + _SECONDS_BETWEEN_LOOKS
         state = state_of(entry.folder)
-        ended = state == "finished" or (state != "running" and entry.state == "running")
+        ended = state == State.finished or (state != State.running and entry.state == State.running)
         if ended or (state != entry.state and look > ask):
             (entry,) = _entries([entry.folder])
             ask = look + _SECONDS_BETWEEN_QUEUES
@@ -388,7 +380,7 @@ def _write(text: str) -> None:
 def _cancel(options: argparse.Namespace) -> int:
     _require_choice(options)
     chosen = _entries(folders_of(options, alone=True), options.state)
-    wanted = [entry for entry in chosen if entry.state != "finished"]
+    wanted = [entry for entry in chosen if entry.state != State.finished]
     if not wanted:
         print(f"Nothing to cancel: {counted(entry.state for entry in chosen)}.")
         return 0
@@ -397,10 +389,10 @@ def _cancel(options: argparse.Namespace) -> int:
     if len(wanted) > _ASK_FROM and not options.yes and sys.stdin.isatty() and not _agrees(question):
         print("Nothing was cancelled.")
         return EXIT_INCOMPLETE
-    said = {"by": _user(), "at": time.strftime("%Y-%m-%d %H:%M:%S")}
+    mark = {"by": _user(), "at": time.strftime("%Y-%m-%d %H:%M:%S")}
     for entry in wanted:
         try:
-            write_json(entry.folder / CANCELLED, said, durable=False)
+            write_json(entry.folder.cancelled, mark, durable=False)
         except OSError as error:
             raise UserError(f"expected a folder that can be written, got {entry.folder}: {error.strerror}.") from None
     print(f"Cancelled {several(len(wanted))}: {states}.")
@@ -419,12 +411,12 @@ def _stop_jobs(wanted: list[Entry]) -> None:
     """Cancel the jobs that have nothing left to train; the others stop single runs by themselves."""
     marked = {os.path.abspath(entry.folder) for entry in wanted}
     jobs: dict[str, list[Entry]] = {}
-    for experiment in {entry.folder.absolute().parent for entry in wanted}:  # the marks first, then the queue
-        for entry in ledger.entries(experiment.parent, experiment.name):
-            if entry.task:
-                jobs.setdefault(entry.task.job, []).append(entry)
+    for runs, experiment in {(entry.folder.runs, entry.folder.experiment) for entry in wanted}:
+        for entry in ledger.entries(runs, experiment):  # the marks first, then the queue
+            if entry.job:
+                jobs.setdefault(entry.job.id, []).append(entry)
     ours = {job: runs for job, runs in jobs.items() if any(str(run.folder) in marked for run in runs)}
-    idle = [job for job, runs in ours.items() if all((run.folder / CANCELLED).exists() for run in runs)]
+    idle = [job for job, runs in ours.items() if all(is_cancelled(run.folder) for run in runs)]
     if idle:
         queue.cancel(idle)
         print(f"Out of the queue: {several(len(idle), 'job')} that had nothing else to train.")
@@ -433,8 +425,9 @@ def _stop_jobs(wanted: list[Entry]) -> None:
     in_jobs = {str(run.folder) for runs in ours.values() for run in runs}
     alone = [entry for entry in wanted if entry.state in LIVE and os.path.abspath(entry.folder) not in in_jobs]
     for entry in alone:
-        if entry.state == "running" and (not entry.claim or entry.claim.get("released")):
-            print(f"{entry.folder.name} was started by hand and has to be stopped there: {holder(entry.folder)}")
+        if entry.state == State.running and (not entry.claim or entry.claim.get("released")):
+            holder = text(ledger.holder(entry.folder))
+            print(f"{entry.folder.name} was started by hand and has to be stopped there: {holder}")
     claimed = sum(bool(entry.claim) and not entry.claim.get("released") for entry in alone)
     if claimed:
         print(f"Without a job in the queue: {several(claimed)}; whatever starts or trains them stops by itself.")
@@ -462,7 +455,7 @@ def _retry(options: argparse.Namespace) -> int:
     if options.words and options.all:
         raise UserError("expected runs or --all, got both; leave one out.")
     chosen = _entries(folders_of(options, alone=True), options.state)
-    wanted = [entry for entry in chosen if entry.state not in ("finished", *LIVE)]
+    wanted = [entry for entry in chosen if entry.state not in (State.finished, *LIVE)]
     if not wanted:
         print(f"Nothing to retry: {counted(entry.state for entry in chosen)}.")
         return exit_code([facts(entry) for entry in chosen])
@@ -470,7 +463,7 @@ def _retry(options: argparse.Namespace) -> int:
     wanted = _not_in_a_job(wanted)
     if not wanted:
         return 0
-    from slurm.launch import retry
+    from slurm.launch import retry  # with Hydra, which is slow
 
     folders = [entry.folder for entry in wanted]
     with _forgotten(folders):
@@ -492,8 +485,8 @@ def _submitted_before(entries: list[Entry]) -> list[Entry]:
     never = [entry.folder for entry in entries if not entry.claim.get("submission")]
     if not never:
         return entries
-    script = f"python experiments/{never[0].absolute().parent.name}.py"
-    cure = f"{script} --submit takes what has not failed, --resume {shlex.quote(shown(never[0]))} continues one here"
+    script = f"python experiments/{never[0].experiment}.py"
+    cure = f"{script} --submit takes what has not failed, --resume {shlex.quote(relative(never[0]))} continues one here"
     if len(never) == len(entries):
         raise UserError(f"expected runs that were submitted before, got {never[0].name}; {cure}.")
     print(f"Never submitted: {several(len(never))}, such as {never[0].name}; {cure}.")
@@ -504,14 +497,14 @@ def _not_in_a_job(entries: list[Entry]) -> list[Entry]:
     """Those that no job is going to train; a cancelled run whose job is still there only loses its mark."""
     known, rest, kept, ending = ledger.Queue(), [], 0, 0
     for entry in entries:
-        may_live = entry.state == "cancelled" and ledger.claim_is_live(entry.claim, known)
-        unknown = entry.claim.get("scheduler") == "slurm" and entry.task is None
+        may_live = entry.state == State.cancelled and ledger.claim_is_live(entry.claim, known)
+        unknown = entry.claim.get("scheduler") == "slurm" and entry.job is None
         if not may_live or unknown:
             rest.append(entry)
-        elif entry.task and entry.task.state not in ("PENDING", "RUNNING"):
+        elif entry.job and entry.job.state not in ("PENDING", "RUNNING"):
             ending += 1
         else:
-            (entry.folder / CANCELLED).unlink(missing_ok=True)
+            entry.folder.cancelled.unlink(missing_ok=True)
             kept += 1
     if kept:
         print(f"Not cancelled any more: {several(kept)}; the jobs are still there and train them.")
@@ -521,17 +514,18 @@ def _not_in_a_job(entries: list[Entry]) -> list[Entry]:
 
 
 @contextmanager
-def _forgotten(folders: list[Path]) -> Iterator[None]:
+def _forgotten(folders: list[RunFolder]) -> Iterator[None]:
     """Without the files that keep runs from being submitted; they come back to runs that were not."""
     claims = {folder: ledger.newest_claim(folder) for folder in folders}
     kept: dict[Path, bytes] = {}
     try:
-        _take_away([folder / name for folder in folders for name in (FAILURE, CANCELLED)], kept)
+        _take_away([path for folder in folders for path in (folder.failure, folder.cancelled)], kept)
         yield
     except BaseException:
         for path, content in kept.items():
-            claim = ledger.newest_claim(path.parent)
-            is_new = claim != claims[path.parent] and not read_json(claim).get("released")
+            folder = RunFolder(path.parent)
+            claim = ledger.newest_claim(folder)
+            is_new = claim != claims[folder] and not read_json(claim).get("released")
             if not is_new and not path.exists():
                 path.write_bytes(content)
         raise

@@ -8,16 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
+from runfolder.folder import RunFolder
 
-def output_of(folder: Path) -> Path | None:
+
+def output_of(folder: RunFolder) -> Path | None:
     """The file with a run's output, if there is one yet."""
-    return next((folder / name for name in ("output.txt", "log.txt") if os.path.isfile(folder / name)), None)
+    return next((path for path in (folder.output, folder.log) if os.path.isfile(path)), None)
 
 
 class Tail:
     """The end of a run's output as it grows; the file may come later, be replaced or be cut."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: RunFolder):
         self.path: Path | None = None
         self._folder, self._file_id, self._place = folder, (0, 0), 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -37,8 +37,8 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
-from experiments.training.files import read_json, write_json
+from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
+from runfolder.files import read_json, write_json
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 _HOLD = """
 import sys, time
-from pathlib import Path
-from experiments.training.lease import take
-take(Path(sys.argv[1]), beats_every=10.0)
+from runfolder.folder import RunFolder
+from runfolder.lease import take
+take(RunFolder(sys.argv[1]), beats_every=10.0)
 print("held", flush=True)
 time.sleep(120)
 """

@@ -6,11 +6,15 @@ is a process like any other, only without the seconds of importing torch. The an
 line, lists the exit codes; -9 is a SIGKILL.
 
 A request: {"arguments": [...], "ranks": 1, "output": FILE, "event": [PLACE, COUNT, SIGNAL] or
-null, "delay": seconds or null}. The event sends SIGNAL to the first rank itself when it
-reaches PLACE for the COUNT-th time; the delay sends SIGKILL to all ranks from outside.
+null, "delay": seconds or null, "prepare": [FUNCTION, ARGUMENT, ...] or null}. Each rank first calls
+the function of this dotted name. The event sends SIGNAL to the first rank itself when it
+reaches PLACE for the COUNT-th time; the delay sends SIGKILL to all ranks from outside. A place
+is one of PLACES, or "before renaming PATTERN" or "after renaming PATTERN": where a file of this
+name appears in the run folder.
 """
 
 import contextlib
+import fnmatch
 import json
 import os
 import signal
@@ -19,35 +23,36 @@ import sys
 import time
 
 import torch._dynamo  # noqa: F401  (imported here so that no child has to)
+from hydra.utils import get_object
 
-import experiments.cli
-import experiments.training.run
-from experiments.training import checkpoint, evaluate, files, loop
+import experiments.training.run  # noqa: F401
+import slurm.command
+from experiments.tasks import accuracy
+from experiments.training import checkpoint, loop
+from runfolder import files
 
 # What a place is: where the function lives, its name, and whether the signal comes
 # before the call ("before"), after it, or in a half-written file ("half").
 PLACES = {
     "forward": (loop.Trainer, "_note", "before"),
-    "optimizer": (loop.Trainer, "_after_step", "before"),
-    "evaluation": (evaluate, "_sums", "before"),
+    "optimizer": (loop.Trainer, "after_step", "before"),
+    "evaluation": (accuracy, "_sums", "before"),
     "evaluated": (loop.Trainer, "_record", "after"),
     "half a checkpoint": (checkpoint, "write_atomically", "half"),
-    "before renaming": (os, "replace", "before"),
-    "after renaming": (os, "replace", "after"),
     "pruning": (checkpoint.Keeper, "_prune", "before"),
-    "result": (experiments.training.run, "write_json", "before"),
 }
 
 
 def arm(place: str, count: int, number: int) -> None:
     """Make the function at a place send a signal to this process at its count-th call."""
-    owner, name, moment = PLACES[place]
+    moment, renaming, pattern = place.partition(" renaming ")
+    owner, name, moment = (os, "replace", moment) if renaming else PLACES[place]
     original = getattr(owner, name)
     calls = 0
 
     def replacement(*arguments, **keywords):
         nonlocal calls
-        calls += 1
+        calls += not renaming or fnmatch.fnmatch(os.path.basename(arguments[1]), pattern)
         if calls == count and moment == "half":
             path, content = arguments
             path.with_name(f"{path.name}.{os.getpid()}{files.TEMPORARY}").write_bytes(content[: len(content) // 2])
@@ -78,7 +83,10 @@ def start(request: dict, rank: int, port: int) -> int:
         if request["event"] and rank == 0:
             place, count, name = request["event"]
             arm(place, count, getattr(signal, name))
-        code = experiments.cli.main(request["experiment"], "", "", request["arguments"])
+        if request["prepare"]:
+            name, *arguments = request["prepare"]
+            get_object(name)(*arguments)
+        code = slurm.command.main(request["experiment"], "", "", request["arguments"])
     except BaseException:
         import traceback
 

@@ -1,6 +1,5 @@
 """Synthetic run folders with known numbers, written by TensorBoard's own writers."""
 
-import copy
 import hashlib
 import json
 import struct
@@ -13,7 +12,8 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from experiments.training.run import _flat
+from runfolder import naming
+from runfolder.folder import RunFolder
 
 ATTEMPT = {
     "started": "2025-01-01T00:00:00+00:00",
@@ -51,19 +51,14 @@ def curve(seed, method, epochs=5, level=70.0):
 
 
 def folder_name(config):
-    """As training names it: the hash is that of all but ``runtime``, with ``data.root`` relative to ``data_dir``."""
-    tree = copy.deepcopy({key: value for key, value in config.items() if key != "runtime"})
-    root = tree["data"].pop("root", None)
-    if root is not None and root != "data":
-        tree["data"]["root"] = root.removeprefix("data/")
-    digest = hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
-    return f"{config['model']['name']}-{config['method']['name']}-s{config['seed']}-{digest[:8]}"
+    """Ends, as training names it, in the hash of the configuration."""
+    return f"{config['model']['name']}-{config['method']['name']}-s{config['seed']}-{naming.config_hash(config)}"
 
 
 def write_hparams(folder, config):
     """An event file that holds the configuration, as training begins its first one."""
     with SummaryWriter(str(folder)) as writer:
-        for summary in hparams(_flat(config), {"test/top1": 0.0}):
+        for summary in hparams(naming.hyper_parameters(config), {"test/top1": 0.0}):
             writer.file_writer.add_summary(summary)
 
 
@@ -79,7 +74,7 @@ def write_run(runs, config, top1, finished=True, attempts=(ATTEMPT,), experiment
     if finished:
         _finish(folder, config, {"test/top1": top1[-1]} if len(top1) else {}, result)
     if failure is not None:
-        (folder / "failure.json").write_text(json.dumps(failure))
+        RunFolder(folder).failure.write_text(json.dumps(failure))
     return folder
 
 
@@ -100,18 +95,23 @@ def _begin(runs, config, attempts, experiment):
     config = config | {"experiment": experiment}
     folder = Path(runs) / experiment / folder_name(config)
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    (folder / "provenance.json").write_text(json.dumps({"attempts": list(attempts)}))
+    RunFolder(folder).config.write_text(yaml.safe_dump(config))
+    RunFolder(folder).provenance.write_text(json.dumps({"attempts": list(attempts)}))
     return folder
 
 
 def _finish(folder, config, metrics, changes=None):
-    content = {"config_hash": folder.name[-8:], "epochs": config["epochs"], "metrics": metrics, "attempts": 1}
-    (folder / "result.json").write_text(json.dumps(content | (changes or {})))
+    content = {
+        "config_hash": naming.hash_in(folder.name),
+        "epochs": config["epochs"],
+        "metrics": metrics,
+        "attempts": 1,
+    }
+    RunFolder(folder).result.write_text(json.dumps(content | (changes or {})))
 
 
 def event_file(folder):
-    (path,) = folder.glob("events.out.tfevents.*")
+    (path,) = RunFolder(folder).events
     return path
 
 

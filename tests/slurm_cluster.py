@@ -8,7 +8,9 @@ def test_something(cluster):  # noqa: F811
 """
 
 import os
+import shlex
 import signal
+import sys
 from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
@@ -37,6 +39,13 @@ def command_of(pid: int) -> str:
     with suppress(OSError), open(f"/proc/{pid}/cmdline") as file:
         return file.read().replace("\0", " ").strip()
     return "?"
+
+
+def incurious_python(path):
+    """For a profile: content with the code, whose import by --submit takes seconds; see test_slurm_preflight.py."""
+    path.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nexec {shlex.quote(sys.executable)} "$@"\n')
+    path.chmod(0o755)
+    return str(path)
 
 
 @pytest.fixture(scope="module")

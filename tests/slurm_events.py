@@ -15,9 +15,11 @@ from pathlib import Path
 
 import yaml
 
-from experiments import cli
+from runfolder.files import read_json
 from slurm import ledger
+from slurm.command import main
 from slurm.testbed import Job, Testbed
+from tests.slurm_cluster import incurious_python
 
 SETTINGS = {
     "seed": 0, "model": "resnet_small", "model.width": 8, "method": "tract", "epochs": 5, "batch_size": 64,
@@ -77,10 +79,11 @@ class Submitted:
         (self._hook / "sitecustomize.py").write_text(_HOOK)
         (self._hook / "brake").write_text(str(brake))
         usual = {"nodes": ranks, "cpus_per_task": 1, "timeout_minutes": 30, "free_gib": 0.1}
+        usual["python"] = incurious_python(home / "python")
         setup = [f"export PYTHONPATH={self._hook}:$PYTHONPATH", *profile.pop("setup", [])]
         (home / "profile.yaml").write_text(yaml.safe_dump({"base": "slurm", **usual, **profile, "setup": setup}))
         chosen = SETTINGS | settings | {"cluster": home / "profile.yaml", "runtime.runs": self.runs}
-        assert cli.main("quickstart", "", "quickstart", ["--submit", *words(chosen)]) == 0
+        assert main("quickstart", "", "quickstart", ["--submit", *words(chosen)]) == 0
         (self.folder,) = ledger.run_folders(self.runs)
 
     # -- what is to be seen -------------------------------------------------------------
@@ -88,7 +91,7 @@ class Submitted:
     @property
     def job(self) -> str:
         """The id of the job of the last submission."""
-        return ledger.read_json(ledger.newest_claim(self.folder))["job"]
+        return ledger.claim_of(self.folder)["job"]
 
     def in_queue(self) -> Job:
         (found,) = [job for job in self.bed.queue() if job.id == self.job]
@@ -96,7 +99,7 @@ class Submitted:
 
     def step(self) -> int:
         """As the last heartbeat told."""
-        return ledger.read_json(self.folder / "progress.json").get("step", 0)
+        return read_json(self.folder / "progress.json").get("step", 0)
 
     def attempts(self) -> list[dict]:
         return ledger.attempts(self.folder)
@@ -117,7 +120,7 @@ class Submitted:
         return [set(by_rank.values()) for by_rank in found.values()]
 
     def failure(self) -> dict:
-        return ledger.read_json(self.folder / "failure.json")
+        return read_json(self.folder / "failure.json")
 
     def training(self, rank: int = 0) -> list[int]:
         """The training processes of this rank, without their loader's workers."""
@@ -230,7 +233,7 @@ class Submitted:
 
 def contents(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Every file below a folder: its time of modification and its bytes."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
     return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 

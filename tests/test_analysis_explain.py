@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from analysis import tables
-from experiments import cli
 from experiments.training.run import run
+from slurm.command import main
 from tests.cases import tiny_config
 from tests.run_folders import ATTEMPT, configuration, curve, write_run
 
@@ -110,6 +110,6 @@ def test_its_commands_make_the_same_run_again(tmp_path, capsys, monkeypatch):
             subprocess.run(words, check=True)
         elif words[:1] == ["python"]:
             assert words[1] == "experiments/quickstart.py"
-            assert cli.main("quickstart", "", "", words[2:]) == 0
+            assert main("quickstart", "", "", words[2:]) == 0
     (result,) = (tmp_path / "again").rglob("result.json")
     assert json.loads(result.read_text())["weights_sha256"] == before["weights_sha256"]

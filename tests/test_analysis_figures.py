@@ -16,12 +16,14 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from analysis import figures
 from analysis.events import EventLog, Series
-from analysis.load import InputError, Problem, Run, Status
+from analysis.load import Problem, Run, Status
 from analysis.paper_figures import ALL, build_figure, draw_figure, figure_names
 from analysis.paper_runs import cohorts
 from analysis.paper_sets import set_of
 from experiments.config import compose_config, parse_overrides, to_tree
 from experiments.grid import load_grid, points
+from runfolder.errors import UserError
+from runfolder.folder import RunFolder
 from tests.run_folders import ATTEMPT, folder_name, write_final
 
 ROOT = Path(__file__).parents[1]
@@ -64,13 +66,13 @@ def _series(values):
 
 def _run(experiment, point):
     config = _configuration(experiment, point)
-    folder = Path("runs", experiment, folder_name(config))
+    folder = RunFolder(Path("runs", experiment, folder_name(config)))
     epochs = config["epochs"]
     evaluated = range(1, epochs + 1) if epochs <= 200 and experiment != "cifar_resnet" else [epochs]
     top1 = 70 + 5 * np.sqrt(np.array(evaluated) / epochs) + _random(config | {"runtime": 0}).normal(size=len(evaluated))
     accuracies = dict(zip(evaluated, top1.tolist(), strict=True))
     series = {"test/top1": _series(accuracies), "test/top5": _series({k: v / 2 + 50 for k, v in accuracies.items()})}
-    return Run(folder, experiment, config, {}, None, Status.finished, EventLog((), series), (ATTEMPT,), ())
+    return Run(folder, config, {}, None, Status.finished, EventLog((), series), (ATTEMPT,), ())
 
 
 @functools.cache
@@ -503,6 +505,13 @@ def test_the_command_line_writes_figures_and_names_gaps(folders, tmp_path, capsy
     assert (tmp_path / "a.png").exists()
 
 
+def test_a_page_gets_one_svg_of_the_same_bytes_each_time(folders, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert figures.main(["--figure", "6", "--runs", str(folders), "--out", str(tmp_path / name / "6.svg")]) == 0
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["6.svg"]
+    assert (tmp_path / "a" / "6.svg").read_bytes() == (tmp_path / "b" / "6.svg").read_bytes()
+
+
 def test_all_figures_are_those_that_have_runs(folders, tmp_path, capsys):
     out = tmp_path / "out"
     assert figures.main(["--figure", ALL, "--runs", str(folders), "--out", str(out)]) == 0
@@ -541,5 +550,5 @@ def test_bad_input_is_one_sentence_and_exit_code_2(folders, capsys, monkeypatch,
 
 
 def test_no_such_figure_is_an_error_for_callers_too():
-    with pytest.raises(InputError, match="got 1"):
+    with pytest.raises(UserError, match="got 1"):
         draw_figure("1", {})

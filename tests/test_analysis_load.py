@@ -21,12 +21,15 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis import events, load
+from analysis import content, events, load
 from analysis.costs import device_hours
 from analysis.identity import begun_with, recorded
-from analysis.load import InputError, Problem, Status, load_run, load_runs
+from analysis.load import Problem, Status, load_run, load_runs
 from experiments import config as training
 from experiments.training.log import RunLog
+from runfolder.errors import UserError
+from runfolder.folder import RunFolder
+from runfolder.naming import hash_in
 from tests.run_folders import ATTEMPT, configuration, curve, event_file, record_offsets, write_hparams, write_run
 
 
@@ -293,8 +296,9 @@ def test_a_config_changed_after_the_start_spoils_the_run(tmp_path, change):
     assert not load_run(folder).usable
 
 
-def test_a_run_under_another_experiment_is_named_with_its_place(good):
-    _rewrite(good / "config.yaml", experiment="other")
+def test_a_run_under_another_experiment_is_named_with_its_place(tmp_path):
+    good = tmp_path / "demo" / "run"
+    shutil.copytree(write_run(tmp_path / "elsewhere", configuration(), curve(0, "vanilla"), experiment="other"), good)
     _only_problem(good, "says experiment other", "under demo", f"move it to {good.parents[1]}/other/")
     moved = good.parents[1] / "other" / good.name
     moved.parent.mkdir()
@@ -305,6 +309,26 @@ def test_a_run_under_another_experiment_is_named_with_its_place(good):
 def test_a_config_without_an_experiment_is_of_any(good):
     content = yaml.safe_load((good / "config.yaml").read_text())
     del content["experiment"]
+    (good / "config.yaml").write_text(yaml.safe_dump(content))
+    _rewrite(good / "result.json", config_hash=None)
+    assert load_run(good.rename(good.with_name("small"))).problems == ()
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"method": {"name": "tract"}}, {"experiment": "other"}, {"data": None}, {"at": [b"\0"]}]
+)
+def test_a_config_that_its_hash_is_not_of_spoils_the_run_in_one_sentence(good, named, change):
+    folder = good if named else good.rename(good.with_name("small"))  # result.json still knows the hash
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(content | change))
+    _only_problem(folder, "config.yaml is of another configuration than the run", f"the run's {hash_in(good.name)}")
+
+
+def test_where_code_lies_and_what_the_machine_is_are_no_change(good):
+    content = yaml.safe_load((good / "config.yaml").read_text())
+    content["model"]["_target_"] = "elsewhere.Small"
+    content["data"]["root"] = content["runtime"]["data_dir"] = "/another/disk"
     (good / "config.yaml").write_text(yaml.safe_dump(content))
     assert load_run(good).problems == ()
 
@@ -367,7 +391,7 @@ def test_submission_folders_are_not_runs(tmp_path, good):
     (tmp_path / "demo" / "slurm" / "123").mkdir(parents=True)
     (tmp_path / "slurm").mkdir()
     (tmp_path / "empty").mkdir()
-    assert {name: [run.folder for run in runs] for name, runs in load_runs(tmp_path).items()} == {"demo": [good]}
+    assert {name: [run.folder.path for run in runs] for name, runs in load_runs(tmp_path).items()} == {"demo": [good]}
 
 
 def test_an_empty_run_folder_is_not_dropped(tmp_path, good):
@@ -387,7 +411,7 @@ def test_an_empty_run_folder_is_not_dropped(tmp_path, good):
 )
 def test_a_wrong_folder_or_name_is_one_sentence(tmp_path, good, root, experiment, sentence):
     (tmp_path / "none").mkdir()
-    with pytest.raises(InputError, match=sentence) as caught:
+    with pytest.raises(UserError, match=sentence) as caught:
         load_runs(tmp_path / root, experiment)
     assert "\n" not in str(caught.value)
 
@@ -403,14 +427,16 @@ def _train_as_we_do(folder, seed):
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(configuration(seed=seed)))
     hyper_parameters = {"seed": seed, "method.name": "tract", "optim.lr": 0.1, "optim.nesterov": True}
-    log, sizes = RunLog(folder, {}, hyper_parameters, "test/top1"), {}
+    log, sizes = RunLog(RunFolder(folder)), {}
+    log.begin(sizes, hyper_parameters, "test/top1")
     for epoch in (1, 2, 3):
         for step in range(10 * epoch - 10, 10 * epoch):
             log.scalar("train/loss", 1 / (step + 1), step)
         log.scalar("test/top1", 60.0 + epoch + seed, epoch)
         sizes = log.sizes() if epoch == 2 else sizes
     log.close()
-    log = RunLog(folder, sizes, hyper_parameters, "test/top1")
+    log = RunLog(RunFolder(folder))
+    log.begin(sizes, hyper_parameters, "test/top1")
     for epoch in (3, 4, 5):
         log.scalar("test/top1", 70.0 + epoch + seed, epoch)
     log.close()
@@ -528,11 +554,11 @@ def test_json_that_is_nested_without_end_is_named(good):
     _only_problem(good, "result.json cannot be read")
 
 
-@pytest.mark.parametrize("loader", [yaml.SafeLoader, load._FAST_LOADER])
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, content._FAST_LOADER])
 def test_both_loaders_of_configurations_say_the_same(good, monkeypatch, loader):
     text = "seed: 3\nepochs: 5\nmethod: {name: m, lr: 1e-3, on: yes, at: 2001-01-01, none: ~, o: 010, x: .inf}\n"
     (good / "config.yaml").write_text(text)
-    monkeypatch.setattr(load, "_FAST_LOADER", loader)
+    monkeypatch.setattr(content, "_FAST_LOADER", loader)
     assert load_run(good).config == yaml.safe_load(text)
 
 
@@ -578,6 +604,6 @@ def test_an_experiment_that_cannot_be_listed_is_one_sentence(good, monkeypatch):
         return listed(path)
 
     monkeypatch.setattr(Path, "iterdir", refuse)
-    with pytest.raises(InputError, match="can be read") as caught:
+    with pytest.raises(UserError, match="can be read") as caught:
         load_runs(good.parents[1])
     assert f"{good.parent} (Permission denied)" in str(caught.value)

@@ -24,7 +24,8 @@ def odd(tmp_path_factory):
     for seed in range(2):
         for method in ("vanilla", f"m{BELL}"):
             config = configuration(seed, method)
-            folder = write_run(root, config | {"method": {"name": "m"}}, curve(seed, method), attempts=attempts)
+            writable, unnamed = config | {"method": {"name": "m"}}, {"config_hash": None}
+            folder = write_run(root, writable, curve(seed, method), attempts=attempts, result=unnamed)
             del config["experiment"]
             (folder / "config.yaml").write_text(json.dumps(config))
             folder.rename(folder.with_name(os.fsdecode(b"\xfe%d" % seed) + f"{method == 'vanilla'}"))

@@ -25,9 +25,8 @@ from analysis.paper_runs import cohorts, missing, missing_sentence
 from analysis.paper_sections import paper_sections
 from analysis.paper_sets import members_of_set, table_layout
 from analysis.statistics import Summary, wilcoxon_p
-from experiments.config import compose_config, parse_overrides, to_tree
+from experiments.config import compose_config, parse_overrides, prepare_folder, to_tree
 from experiments.grid import load_grid, plan, points
-from experiments.training.folder import prepare_folder
 from tests.run_folders import ATTEMPT, write_final
 
 ROOT = Path(__file__).parents[1]

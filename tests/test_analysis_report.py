@@ -94,7 +94,7 @@ def runs(tmp_path_factory):
     write_run(root, configuration(4, "tract"), [70.0] * 5, result={"metrics": {"test/top1": 1.0}})
     for method in ("vanilla", "tract"):
         write_run(root, configuration(0, method, model="big"), curve(0, method))
-    write_run(root, configuration(), [50.0] * 5, experiment="other", result={"headline": "test/loss"})
+    write_run(root, configuration(), [50.0] * 5, experiment="other", result={"primary_metric": "test/loss"})
     return root
 
 
@@ -142,7 +142,7 @@ def test_what_is_packed_is_what_the_events_hold(tmp_path):
     run = load_run(folder)
     curves = _unpacked(packed(run))["curves"]
     assert list(curves) == ["test/loss", "test/top1", "train/loss", "train/odd"]
-    assert curves["train/odd"] == {"x": [0, 40], "y": [1.5, -2.25], "points": 4, "infinite": 2}
+    assert curves["train/odd"] == {"axis": "step", "x": [0, 40], "y": [1.5, -2.25], "points": 4, "infinite": 2}
     for tag in ("test/loss", "test/top1"):
         truth = run.curve(tag)
         assert np.cumsum(curves[tag]["x"]).tolist() == list(truth)
@@ -156,7 +156,7 @@ def test_what_is_packed_is_what_the_events_hold(tmp_path):
 
 def test_a_curve_without_a_finite_point_is_empty(tmp_path):
     folder = write_run(tmp_path, configuration(), [float("nan")] * 5)
-    assert curves_of(load_run(folder))["test/top1"] == {"x": [], "y": [], "points": 5, "infinite": 5}
+    assert curves_of(load_run(folder))["test/top1"] == {"axis": "epoch", "x": [], "y": [], "points": 5, "infinite": 5}
 
 
 def test_all_that_is_known_of_a_run_is_packed(runs):
@@ -360,7 +360,8 @@ def test_hostile_words_stay_words(tmp_path):
         config = configuration(seed, method, lr=seed, note=HOSTILE) | {"experiment": "<i>"}
         config["optim"][HOSTILE] = method
         config["model"]["name"] = "safe"
-        folder = write_run(runs, {**config, "method": {"name": "m"}}, [70.0] * 5, attempts=(attempt,), experiment="<i>")
+        writable, unnamed = {**config, "method": {"name": "m"}}, {"config_hash": None}
+        folder = write_run(runs, writable, [70.0] * 5, attempts=(attempt,), experiment="<i>", result=unnamed)
         (folder / "config.yaml").write_text(json.dumps(config))
         folder.rename(folder.with_name(HOSTILE.replace("/", "") + f"-{method == HOSTILE}-{seed}"))
     failure = {"kind": HOSTILE, "reason": HOSTILE, "host": HOSTILE, "when": HOSTILE, "traceback": [HOSTILE]}

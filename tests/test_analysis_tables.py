@@ -176,17 +176,17 @@ def test_a_single_run_is_a_doubt(tmp_path, capsys):
 
 
 def test_without_a_metric_each_experiment_shows_what_its_runs_are_known_by(tmp_path, capsys):
-    for name, headline in (("one", "test/top1"), ("other", "test/loss")):
-        write_run(tmp_path, configuration(), [50.0] * 5, experiment=name, result={"headline": headline})
+    for name, metric in (("one", "test/top1"), ("other", "test/loss")):
+        write_run(tmp_path, configuration(), [50.0] * 5, experiment=name, result={"primary_metric": metric})
     _, found = _json(capsys, "--runs", tmp_path)
     assert [table["metric"] for table in found] == ["test/top1", "test/loss"]
     assert [table["rows"][0]["cells"][0]["mean"] for table in found] == [50.0, 0.5]
 
 
-@pytest.mark.parametrize("headline", [["x"], {}, 5, None])
-def test_what_is_no_tag_is_no_headline(tmp_path, capsys, headline):
+@pytest.mark.parametrize("value", [["x"], {}, 5, None])
+def test_what_is_no_tag_is_no_primary_metric(tmp_path, capsys, value):
     for seed in range(3):
-        result = {"headline": headline if seed else "test/loss"}
+        result = {"primary_metric": value if seed else "test/loss"}
         write_run(tmp_path, configuration(seed), [50.0] * 5, result=result)
     assert _json(capsys, "--runs", tmp_path)[1][0]["metric"] == "test/loss"
 
@@ -300,7 +300,7 @@ def test_an_axis_is_called_by_its_metric(tmp_path, metric, label):
     config = configuration(epochs=2, eval_every=2)
     folder = write_final(tmp_path, config, {metric: 0.5})
     content = json.loads((folder / "result.json").read_text())
-    (folder / "result.json").write_text(json.dumps(content | {"headline": metric}))
+    (folder / "result.json").write_text(json.dumps(content | {"primary_metric": metric}))
     figure = figures.draw(tables.tables_of(tmp_path)[0])
     plt.close(figure)
     assert [axes.get_ylabel() for axes in figure.axes] == [label]
@@ -451,6 +451,20 @@ def test_a_setting_called_like_a_column_has_a_column_of_its_own(tmp_path, capsys
 def test_labels_tell_variants_apart_and_nothing_else():
     nodes = [{"name": "t", "a": 1, "b": None}, {"name": "t", "a": 1, "b": 2.0}, {"name": "v", "a": 9}]
     assert method_labels(nodes) == ["t b=null", "t b=2", "v"]
+
+
+def test_labels_of_several_methods_name_the_part_whose_option_differs():
+    nodes = [{"name": "t+v", "t": {"name": "t", "a": a, "b": 1}, "v": {"name": "v"}} for a in (1, 2)]
+    assert method_labels([*nodes, {"name": "v"}]) == ["t+v t.a=1", "t+v t.a=2", "v"]
+
+
+def test_a_missing_seed_of_several_methods_is_started_as_a_list(runs, capsys):
+    both = {"name": "tract+patchnorm", "tract": {"name": "tract"}, "patchnorm": {"name": "patchnorm"}}
+    for seed in (0, 1):
+        write_run(runs, configuration(seed, both), curve(seed, "both"))
+    _, (table,) = _json(capsys, "--runs", runs)
+    assert table["methods"] == ["vanilla", "tract", "tract+patchnorm"]
+    assert "`python experiments/demo.py --local method='[tract,patchnorm]' seed=2`" in "\n".join(table["named"])
 
 
 def test_another_baseline(whole, capsys):

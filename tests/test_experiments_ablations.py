@@ -7,11 +7,11 @@ import torch
 
 from experiments import ablations
 from experiments.config import run_name
-from experiments.errors import UserError
+from experiments.data.augment import normalise
 from experiments.grid import load_grid, plan
-from experiments.training.augment import normalise
 from experiments.training.loop import Trainer
 from experiments.training.run import run
+from runfolder.errors import UserError
 from tests.cases import tiny_config
 from tests.same_runs import assert_same
 
@@ -105,7 +105,7 @@ class _KilledError(Exception):
 
 @pytest.mark.parametrize("case", STOPPED)
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(case, tmp_path, monkeypatch, capsys):
-    after_step, lives = Trainer._after_step, [2, 7, 99]
+    after_step, lives = Trainer.after_step, [2, 7, 99]
 
     def mortal(trainer, at_end):
         if trainer.progress.step == lives[0]:
@@ -114,7 +114,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(case, tmp_path, monkeyp
 
     options = STOPPED[case] | {"max_steps": 10, "runtime__checkpoint_steps": 4, "runtime__log_every": 3}
     run(tiny_config(tmp_path / "undisturbed", **options))
-    monkeypatch.setattr(Trainer, "_after_step", mortal)
+    monkeypatch.setattr(Trainer, "after_step", mortal)
     stopped = tiny_config(tmp_path / "stopped", **options)
     for _ in range(2):
         with pytest.raises(_KilledError):

@@ -4,12 +4,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.training import files
-from experiments.training.checkpoint import CheckpointError, Keeper, load, newest_good, weights_digest
-from experiments.training.files import write_atomically
-from experiments.training.state import newest
+from experiments.training.checkpoint import FORMAT, CheckpointError, Keeper, load, newest_good, weights_digest
+from runfolder import files
+from runfolder.files import write_atomically
+from runfolder.folder import newest_first
 
 HASH = "0123abcd"
+
+
+def newest(checkpoints):
+    return newest_first(checkpoints)[0]
 
 
 def _content(step):
@@ -93,7 +97,7 @@ def _bytes_of(content):
 
 
 def _wrong(folder, kind):
-    whole = {"format": 1, "config_hash": HASH, "step": 2}
+    whole = {"format": FORMAT, "config_hash": HASH, "step": 2}
     if kind == "of another configuration":
         return Keeper(folder, "ffffffff", 5, newest(folder)).save(2, _content(2))
     if kind == "with a wrong name":
@@ -102,7 +106,7 @@ def _wrong(folder, kind):
     contents = {
         "no torch file": b"some text",
         "a tensor": _bytes_of(torch.zeros(3)),
-        "of another format": _bytes_of(whole | {"format": 2}),
+        "of another format": _bytes_of(whole | {"format": FORMAT + 1}),
         "without a format": _bytes_of({"config_hash": HASH}),
         "a harmful pickle": _bytes_of(whole | {"model": _Harmful(folder.parent / "harm")}),
     }

@@ -7,21 +7,26 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from experiments.cli import main
 from experiments.config import (
     CONF,
     Config,
     Runtime,
+    build,
     choices_of,
     compose_config,
     config_hash,
+    folder_of,
     from_tree,
     load_config,
+    parse_single,
+    prepare_folder,
     run_name,
     to_tree,
 )
-from experiments.training.run import folder_of
+from runfolder.naming import TARGET
+from slurm.command import main
 from tests.cases import tiny_config
+from tract import DEFAULT_LAMBDA
 
 # Command line after `quickstart.py`, and what the sentence must contain: the key and a cure.
 BAD = [
@@ -55,6 +60,7 @@ BAD = [
     ("runtime.deadline_minutes=0", "runtime.deadline_minutes"),
     ("runtime.checkpoint_seconds=abc", "runtime.checkpoint_seconds"),
     ("runtime.device=abacus", "runtime.device to be auto, cpu, cuda or cuda:N"),
+    ("optim=sgd", "this recipe has no optim.lr for sgd, only for adam; give optim.lr=VALUE"),
     ("optim.lr=0", "optim.lr to be a number above 0, got 0"),
     ("optim.lr=nan", "optim.lr to be a number above 0, got nan"),
     ("optim.lr=inf", "optim.lr to be a number above 0, got inf"),
@@ -62,14 +68,22 @@ BAD = [
     ("optim.betas=3", "optim.betas to be a list of numbers, got 3"),
     ("optim.betas=[a,b]", "optim.betas to be a list of numbers"),
     ("optim.eps=-1", "optim: "),
-    ("optim=sgd optim.momentum=abc", "optim.momentum to be a number, got 'abc'"),
-    ("optim=sgd optim.momentum=-1", "optim: "),
+    ("optim=sgd optim.lr=0.1 optim.momentum=abc", "optim.momentum to be a number, got 'abc'"),
+    ("optim=sgd optim.lr=0.1 optim.momentum=-1", "optim: "),
     ("schedule.final=abc", "schedule.final to be a number, got 'abc'"),
     ("schedule.warmup_epochs=-1", "schedule.warmup_epochs to be 0 or more"),
     ("schedule=multistep schedule.milestones=3", "schedule.milestones to be a list of numbers, got 3"),
     ("schedule=multistep schedule.milestones=[a]", "schedule.milestones to be a list of numbers"),
     ("method.lambda_=0.1", "unknown key method.lambda_"),
-    ("method=tract method.lambda_=0", "method.lambda_ to be a number above 0"),
+    ("method=tract method.lambda_=0", "method: expected lambda_ > 0 and finite, got 0"),
+    ("method=[tract,patchnorm] method.tract.lambda_=inf", "method: expected lambda_ > 0 and finite, got inf"),
+    ("method=[tract,patchnorm] method.tract.lambda_=abc", "method.tract.lambda_ to be a number, got 'abc'"),
+    ("method=[tract,patchnorm] method.tract.lamda=1", "unknown key method.tract.lamda; nearest: method.tract.lambda_"),
+    ("method=[tract,patchnorm] method.lambda_=1", "unknown key method.lambda_; nearest: method.tract.lambda_"),
+    ("method=[tract,pathnorm]", "unknown choice method=pathnorm; nearest: patchnorm"),
+    ("method=[tract,tract]", "method to be one method or different ones, got ['tract', 'tract']"),
+    ("method=[]", "method to be one method or different ones, got []"),
+    ("model=vit_small method=[patchnorm,dual_patchnorm]", "method: expected a model without normalised patches"),
     ("method=tract method.lambda_=abc", "method.lambda_ to be a number, got 'abc'"),
     ("method=tract method.layer=conv", "nearest: conv1"),
     ("method=tract method.layer=blocks", "TrAct supports nn.Linear"),
@@ -86,6 +100,7 @@ BAD = [
     ("loss=bce label_smoothing=0.1", "label_smoothing to be 0 with loss=bce"),
     ("mixup=-1", "mixup to be 0 or more"),
     ("repeats=0", "repeats to be at least 1"),
+    ("mix_group=0", "mix_group to be at least 1 or null"),
     ("start_from=nowhere", "expected a finished run in start_from="),
     ("data.augment=resized_crop", "data.in_memory=false"),
     ("data.mean=3", "data.mean"),
@@ -147,7 +162,7 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(words, part, tmp_path, mon
 
 def _finished_folder(folder, **overrides):
     config = tiny_config(folder, max_steps=1, epochs=1, **overrides)
-    path = folder_of(config)
+    path = folder_of(config).path
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(to_tree(config)))
     return path
@@ -267,15 +282,16 @@ def _changed(config, path):
 
 
 @pytest.mark.parametrize("experiment", SCRIPTS)
-def test_everything_but_runtime_decides_the_hash(experiment):
+def test_everything_but_runtime_and_where_code_lies_decides_the_hash(experiment):
     config = compose_config(experiment, {"method": "tract"})
     before = config_hash(config)
     hashes = {path: config_hash(_changed(config, path)) for path, _ in _leaves(to_tree(config))}
     shared = {("runtime", "data_dir")} if "root" in config.data else set()  # then data.root is no longer the shared one
+    is_free = lambda path: path[0] == "runtime" or path[-1] == TARGET  # noqa: E731
     for path, after in hashes.items():
         if path not in shared:
-            assert (after == before) == (path[0] == "runtime"), path
-    deciding = [after for path, after in hashes.items() if path[0] != "runtime"]
+            assert (after == before) == is_free(path), path
+    deciding = [after for path, after in hashes.items() if not is_free(path)]
     assert len(set(deciding)) == len(deciding)
     assert {path[1] for path in hashes if path[0] == "runtime"} == {f.name for f in dataclasses.fields(Runtime)}
 
@@ -302,6 +318,7 @@ def test_the_hash_does_not_depend_on_the_order_of_keys():
 NAMES = [
     ("quickstart", {"epochs": 30}, "digits-resnet_small-adam-30ep-vanilla-s0"),
     ("cifar_vit", {"method": "tract", "method.lambda_": 0.05, "seed": 3}, "cifar10-vit_cifar-adam-200ep-tract0.05-s3"),
+    ("cifar_vit", {"method": ["tract", "patchnorm"]}, "cifar10-vit_cifar-adam-200ep-tract0.1+patchnorm-s0"),
     ("cifar_resnet", {"data": "cifar100", "optim": "adam"}, "cifar100-resnet18-adam-100ep-vanilla-s0"),
 ]
 
@@ -381,3 +398,28 @@ def test_a_relative_root_and_the_same_absolute_root_are_one_run(tmp_path, monkey
     roots = ("images", "./images", str(tmp_path / "images"))
     names = {run_name(compose_config("quickstart", {"data": "imagefolder", "data.root": root})) for root in roots}
     assert len(names) == 1
+
+
+# -- several methods ----------------------------------------------------------------------------------
+
+
+def test_a_list_of_one_method_is_that_method():
+    one, listed = (compose_config("quickstart", {"method": method}) for method in ("tract", ["tract"]))
+    assert to_tree(one) == to_tree(listed)
+
+
+def test_several_methods_are_nodes_under_their_names_in_their_order(tmp_path):
+    choices = parse_single(["method=[patchnorm,tract]", "method.tract.lambda_=0.2", f"runtime.runs={tmp_path}"])
+    config = compose_config("quickstart", choices)
+    single = {name: compose_config("quickstart", {"method": name}).method for name in ("patchnorm", "tract")}
+    single["tract"]["lambda_"] = 0.2
+    assert list(config.method) == ["name", "_target_", "patchnorm", "tract"]
+    assert {name: config.method[name] for name in single} == single
+    again = load_config(prepare_folder(config).config)
+    assert list(build(again.method).parts) == ["patchnorm", "tract"]
+    turned = compose_config("quickstart", {"method": ["tract", "patchnorm"], "method.tract.lambda_": 0.2})
+    assert config_hash(again) == config_hash(config) != config_hash(turned)
+
+
+def test_lambda_is_the_librarys():
+    assert compose_config("quickstart", {"method": "tract"}).method["lambda_"] == DEFAULT_LAMBDA

@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 
-from experiments.errors import RunBusyError, TrainingFailedError, UserError
-from experiments.training import failures
+from experiments.config import folder_of, prepare_folder
 from experiments.training.diagnosis import kind_of, record_error
-from experiments.training.folder import folder_of, prepare_folder
-from experiments.training.loop import StoppedError, Trainer
+from experiments.training.loop import Trainer
 from experiments.training.run import run
-from experiments.training.state import state_of
+from experiments.training.stop import StoppedError
+from runfolder.errors import RunBusyError, TrainingFailedError, UserError
+from runfolder.failures import TRACEBACK_LINES, FailureKind, record
+from runfolder.folder import RunFolder
+from runfolder.states import state_of
 from tests.cases import tiny_config
 from tests.holding import held_elsewhere
 from tract import NonFiniteError
@@ -26,7 +28,7 @@ KINDS = [
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes."), "out-of-memory"),
     (OSError(errno.ENOMEM, "Cannot allocate memory"), "out-of-memory"),
     (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)"), "out-of-memory"),
-    (UserError("expected CIFAR-10 in data", "data"), "data"),
+    (UserError("expected CIFAR-10 in data", FailureKind.data), "data"),
     (UserError("expected optim.lr to be a number"), "input"),
     (OSError(errno.ENOSPC, "No space left on device"), "disk"),
     (OSError(errno.EROFS, "Read-only file system"), "disk"),
@@ -36,7 +38,7 @@ KINDS = [
     (RuntimeError("No CUDA GPUs are available: no CUDA-capable device is detected"), "node"),
     (RuntimeError("CUDA error: all CUDA-capable devices are busy or unavailable"), "node"),
     (RuntimeError("CUDA error: unspecified launch failure"), "node"),
-    (UserError("expected a GPU on n1, where Slurm gives this job number 0", "node"), "node"),
+    (UserError("expected a GPU on n1, where Slurm gives this job number 0", FailureKind.node), "node"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:1234"), "peer"),
     (torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"), "peer"),
     (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "peer"),
@@ -52,49 +54,54 @@ def test_each_error_has_its_kind(error, kind):
     assert kind_of(error) == kind
 
 
-def test_every_kind_is_documented():
-    for kind in {kind for _, kind in KINDS}:
-        assert f"\n{kind} " in failures.__doc__, kind
+def test_every_kind_that_training_records_is_told_from_the_others():
+    by_launchers = {FailureKind.no_progress, FailureKind.requeues}
+    assert {kind for _, kind in KINDS} == set(FailureKind) - by_launchers
 
 
 def _recorded(folder):
-    return json.loads((folder / "failure.json").read_text())
+    return json.loads(folder.failure.read_text())
 
 
-def test_the_record_has_reason_place_and_the_end_of_the_traceback(tmp_path):
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
+def test_the_record_has_reason_place_and_the_end_of_the_traceback(folder):
     try:
         raise ValueError("first line\nsecond line")
     except ValueError as error:
-        record_error(tmp_path, error)
-    said = _recorded(tmp_path)
+        record_error(folder, error)
+    said = _recorded(folder)
     assert (said["kind"], said["reason"]) == ("code", "ValueError: first line")
     assert said["traceback"][-1] == "second line"
     assert any("test_experiments_failures" in line for line in said["traceback"])
-    assert len(said["traceback"]) <= failures.LINES
+    assert len(said["traceback"]) <= TRACEBACK_LINES
     assert said["host"]
 
 
-def test_what_another_rank_says_of_itself_stays(tmp_path):
+def test_what_another_rank_says_of_itself_stays(folder):
     """The rank that failed knows why; those that lost it do not."""
-    failures.record(tmp_path, "out-of-memory", "rank 1")
-    record_error(tmp_path, ConnectionError("Connection closed by peer"))
-    assert _recorded(tmp_path)["reason"] == "rank 1"
+    record(folder, FailureKind.out_of_memory, "rank 1")
+    record_error(folder, ConnectionError("Connection closed by peer"))
+    assert _recorded(folder)["reason"] == "rank 1"
 
 
-def test_a_lost_peer_is_recorded_by_the_first_rank_and_overwritten_by_the_cause(tmp_path):
-    record_error(tmp_path, ConnectionError("Connection closed by peer"), first=False)
-    assert not (tmp_path / "failure.json").exists()
-    record_error(tmp_path, ConnectionError("Connection closed by peer"))
-    assert _recorded(tmp_path)["kind"] == "peer"
-    record_error(tmp_path, MemoryError(), first=False)
-    assert _recorded(tmp_path)["kind"] == "out-of-memory"
+def test_a_lost_peer_is_recorded_by_the_first_rank_and_overwritten_by_the_cause(folder):
+    record_error(folder, ConnectionError("Connection closed by peer"), first=False)
+    assert not folder.failure.exists()
+    record_error(folder, ConnectionError("Connection closed by peer"))
+    assert _recorded(folder)["kind"] == "peer"
+    record_error(folder, MemoryError(), first=False)
+    assert _recorded(folder)["kind"] == "out-of-memory"
 
 
 def _failing(monkeypatch, error):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(Trainer, "_step", fail)
+    monkeypatch.setattr(Trainer, "step", fail)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +117,7 @@ def test_a_failed_run_says_why_until_it_is_started_again(tmp_path, monkeypatch, 
     assert _recorded(folder)["kind"] == kind
     assert state_of(folder) == "failed"
     run(config)
-    assert not (folder / "failure.json").exists()
+    assert not folder.failure.exists()
     assert state_of(folder) == "finished"
 
 
@@ -128,7 +135,7 @@ def test_to_stop_is_no_failure(tmp_path, monkeypatch, error):
     _failing(monkeypatch, error)
     with pytest.raises(type(error)):
         run(config)
-    assert not (folder_of(config) / "failure.json").exists()
+    assert not folder_of(config).failure.exists()
 
 
 def test_a_refused_start_says_nothing_about_somebody_elses_run(tmp_path):
@@ -136,7 +143,7 @@ def test_a_refused_start_says_nothing_about_somebody_elses_run(tmp_path):
     folder = prepare_folder(config)
     with held_elsewhere(folder), pytest.raises(UserError, match="GPU"):
         run(config)
-    assert not (folder / "failure.json").exists()
+    assert not folder.failure.exists()
     with pytest.raises(UserError, match="GPU"):
         run(config)
     assert _recorded(folder)["kind"] == "input"

@@ -4,11 +4,11 @@ import re
 import pytest
 import yaml
 
-from experiments.config import CONF, choices_of, compose_config, run_name
-from experiments.errors import UserError
+from experiments.config import CONF, choices_of, compose_config, parse_overrides, run_name
 from experiments.grid import grids, load_grid, plan, points
 from experiments.training.loop import total_steps
 from experiments.training.schedule import Cosine
+from runfolder.errors import UserError
 
 # Seeds, methods and epochs of section 4.1 of arXiv 2410.23970, counted by hand.
 PAPER = {
@@ -141,3 +141,11 @@ def test_every_experiment_of_a_grid_has_its_file():
     experiments = {yaml.safe_load((CONF / "grid" / f"{name}.yaml").read_text())["experiment"] for name in grids()}
     assert all((CONF / f"{name}.yaml").is_file() for name in experiments)
     assert "vanilla" in choices_of("method")
+
+
+def test_several_methods_at_once_are_one_value_of_the_axis():
+    choices = parse_overrides(["method=vanilla,[tract,patchnorm]", "model=vit_small", "seed=0,1"])
+    configs = plan("quickstart", "quickstart", choices)
+    assert [(c.method["name"], c.seed) for c in configs] == [
+        (name, seed) for name in ("vanilla", "tract+patchnorm") for seed in (0, 1)
+    ]

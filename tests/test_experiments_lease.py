@@ -10,21 +10,30 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import RunBusyError
-from experiments.training import checkpoint, lease
-from experiments.training.folder import folder_of
-from experiments.training.lease import Heartbeat, SupersededError, is_held, issue, take
+from experiments.config import folder_of
+from experiments.training import checkpoint
 from experiments.training.loop import Trainer
 from experiments.training.run import run
-from experiments.training.state import newest, state_of
+from runfolder.errors import RunBusyError, SupersededError
+from runfolder.folder import RunFolder
+from runfolder.lease import Heartbeat, is_held, take
+from runfolder.states import state_of
+from runfolder.tickets import highest, issue, now_in, temporary
 from tests.cases import tiny_config
 from tests.holding import held_elsewhere
 
 ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder(tmp_path)
+
+
 RACE = """
 import sys, time
 from pathlib import Path
-from experiments.training.lease import issue
+from runfolder.tickets import highest, issue, now_in, temporary
 folder = Path(sys.argv[1])
 won = []
 print("ready", flush=True)
@@ -60,7 +69,7 @@ def test_a_file_system_without_hard_links_serves_as_well(tmp_path, monkeypatch):
     def no_links(*_):
         raise PermissionError(1, "Operation not permitted")
 
-    monkeypatch.setattr(lease.os, "link", no_links)
+    monkeypatch.setattr(os, "link", no_links)
     assert issue(tmp_path, 1, {"a": 1}).name == "00000001.json"
     assert issue(tmp_path, 1, {"a": 2}) is None
     assert json.loads((tmp_path / "00000001.json").read_text()) == {"a": 1}
@@ -74,119 +83,119 @@ def test_a_link_that_was_made_but_reported_as_failed_counts(tmp_path, monkeypatc
         link(source, target)
         link(source, target)
 
-    monkeypatch.setattr(lease.os, "link", repeated)
+    monkeypatch.setattr(os, "link", repeated)
     assert issue(tmp_path, 1, {}) == tmp_path / "00000001.json"
 
 
-def test_what_killed_processes_leave_goes_with_the_next_holder(tmp_path):
+def test_what_killed_processes_leave_goes_with_the_next_holder(folder):
     """At once where the process is known to be dead, else after an hour."""
-    leases = tmp_path / "lease"
+    leases = folder.lease
     leases.mkdir()
     gone = subprocess.Popen(["true"])
     gone.wait()
-    mine = lease._temporary(leases, "00000009")
+    mine = temporary(leases, "00000009")
     dead = mine.with_name(mine.name.replace(f".{os.getpid()}.", f".{gone.pid}."))
     foreign, old, odd = leases / "now.n7.cluster-1-2.99.1.tmp", leases / "00000003.n7-1-2.99.1.tmp", leases / "x.tmp"
     for path in (mine, dead, foreign, old, odd):
         path.touch()
     os.utime(old, (0, time.time() - 4000))
-    take(tmp_path, 10.0)
+    take(folder, 10.0)
     assert {path.name for path in leases.glob("*.tmp")} == {mine.name, foreign.name, odd.name}
 
 
-def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):
-    with held_elsewhere(tmp_path) as holder:
-        assert state_of(tmp_path) == "running"
+def test_a_second_process_is_refused_until_the_first_is_gone(folder):
+    with held_elsewhere(folder) as holder:
+        assert state_of(folder) == "running"
         with pytest.raises(RunBusyError, match=f"process {holder.pid} on "):
-            take(tmp_path, 10.0)
+            take(folder, 10.0)
         holder.kill()
         holder.wait()
-        assert not is_held(tmp_path)
-        assert take(tmp_path, 10.0).number == 2
+        assert not is_held(folder)
+        assert take(folder, 10.0).number == 2
 
 
-def test_what_is_given_back_is_free_at_once(tmp_path):
+def test_what_is_given_back_is_free_at_once(folder):
     for number in (1, 2, 3):
-        mine = take(tmp_path, 10.0)
+        mine = take(folder, 10.0)
         assert mine.number == number
-        assert is_held(tmp_path)
+        assert is_held(folder)
         mine.release()
-        assert not is_held(tmp_path)
+        assert not is_held(folder)
 
 
 def _elsewhere(folder, number, **said):
     """The lease of a process on another machine, whose death cannot be seen from here."""
     there = {"host": "elsewhere", "boot": "x", "processes": "", "pid": 1, "began": "1", "beats_every": 10.0}
-    return issue(folder / "lease", number, there | said)
+    return issue(folder.lease, number, there | said)
 
 
 @pytest.mark.parametrize(("age", "held"), [(0, True), (55, True), (70, False), (1e6, False)])
-def test_a_process_elsewhere_counts_as_gone_after_six_missing_beats(tmp_path, age, held):
-    path = _elsewhere(tmp_path, 1)
+def test_a_process_elsewhere_counts_as_gone_after_six_missing_beats(folder, age, held):
+    path = _elsewhere(folder, 1)
     os.utime(path, (time.time() - age,) * 2)
-    assert is_held(tmp_path) is held
+    assert is_held(folder) is held
     if held:
         with pytest.raises(RunBusyError, match="on elsewhere"):
-            take(tmp_path, 10.0)
+            take(folder, 10.0)
     else:
-        assert take(tmp_path, 10.0).number == 2
+        assert take(folder, 10.0).number == 2
 
 
-def test_patience_waits_for_the_missing_beats(tmp_path):
-    _elsewhere(tmp_path, 1, beats_every=0.1)
-    path = lease.highest(tmp_path / "lease")[1]
+def test_patience_waits_for_the_missing_beats(folder):
+    _elsewhere(folder, 1, beats_every=0.1)
+    path = highest(folder.lease)[1]
     beat = path.stat().st_mtime
-    assert take(tmp_path, 0.1, patience=60).number == 2
-    assert lease.now_in(tmp_path) - beat > 6 * 0.1
+    assert take(folder, 0.1, patience=60).number == 2
+    assert now_in(folder.lease) - beat > 6 * 0.1
 
 
-def test_the_later_start_of_the_same_job_wins_at_once(tmp_path, monkeypatch):
+def test_the_later_start_of_the_same_job_wins_at_once(folder, monkeypatch):
     """slurmd died, its job lives on, and Slurm has started the job again elsewhere."""
-    _elsewhere(tmp_path, 1, job="7", restart=0)
+    _elsewhere(folder, 1, job="7", restart=0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    newer = take(tmp_path, 10.0)
+    newer = take(folder, 10.0)
     assert newer.number == 2
     monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
     with pytest.raises(SupersededError, match=r"taken over by job 7 \(start 2\)"):
-        take(tmp_path, 10.0, patience=60)
+        take(folder, 10.0, patience=60)
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     with pytest.raises(RunBusyError, match="is being trained by job 7"):
-        take(tmp_path, 10.0)
+        take(folder, 10.0)
 
 
-def test_the_older_one_notices_before_it_writes(tmp_path):
-    older = take(tmp_path, 10.0)
+def test_the_older_one_notices_before_it_writes(folder):
+    older = take(folder, 10.0)
     older.check()
-    _elsewhere(tmp_path, 2)
+    _elsewhere(folder, 2)
     for action in (older.check, older.beat):
         with pytest.raises(SupersededError, match="taken over by .*elsewhere"):
             action()
     older.release()
-    assert is_held(tmp_path), "the older one has given back what is not its own"
+    assert is_held(folder), "the older one has given back what is not its own"
 
 
-def test_a_removed_run_folder_is_noticed(tmp_path):
-    mine = take(tmp_path, 10.0)
+def test_a_removed_run_folder_is_noticed(folder):
+    mine = take(folder, 10.0)
     mine.path.unlink()
     with pytest.raises(SupersededError, match="lost its lease"):
         mine.check()
 
 
-def test_the_heartbeat_keeps_the_lease_and_tells_when_it_is_lost(tmp_path):
-    mine, told, lost, gone = take(tmp_path, 0.05), [], [], threading.Event()
+def test_the_heartbeat_keeps_the_lease_and_tells_when_it_is_lost(folder):
+    mine, told, lost, gone = take(folder, 0.05), [], [], threading.Event()
     os.utime(mine.path, (0, 0))
     with Heartbeat(mine, 0.05, lambda: told.append(1), lambda reason: (lost.append(reason), gone.set())):
         time.sleep(0.5)
         assert mine.path.stat().st_mtime > time.time() - 5
         assert told
-        _elsewhere(tmp_path, 2)
+        _elsewhere(folder, 2)
         assert gone.wait(5)
     assert len(lost) == 1
 
 
-def test_the_heartbeat_survives_a_file_system_that_fails_for_a_moment(tmp_path, monkeypatch):
-    mine, told, failed = take(tmp_path, 0.05), [], []
+def test_the_heartbeat_survives_a_file_system_that_fails_for_a_moment(folder, monkeypatch):
+    mine, told, failed = take(folder, 0.05), [], []
     check = mine.check
 
     def fail_twice():
@@ -207,7 +216,7 @@ def test_a_superseded_run_leaves_without_damage_and_the_newer_one_ends_the_same(
     settings = {"runtime__checkpoint_steps": 3, "runtime__log_every": 2, "epochs": 2}
     expected = run(tiny_config(tmp_path / "undisturbed", **settings))
     config = tiny_config(tmp_path / "disturbed", **settings)
-    folder, after_step = folder_of(config), Trainer._after_step
+    folder, after_step = folder_of(config), Trainer.after_step
 
     def taken_over(trainer, at_end):
         if trainer.progress.step == 7:
@@ -215,31 +224,32 @@ def test_a_superseded_run_leaves_without_damage_and_the_newer_one_ends_the_same(
         after_step(trainer, at_end)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_after_step", taken_over)
+        patch.setattr(Trainer, "after_step", taken_over)
         with pytest.raises(SupersededError, match="taken over"):
             run(config)
     assert not (folder / "result.json").exists()
     assert not (folder / "failure.json").exists()
-    assert newest(folder / "checkpoints").name.startswith("step-00000006-")
+    assert folder.newest_checkpoint().name.startswith("step-00000006-")
     assert run(config)["weights_sha256"] == expected["weights_sha256"]
     assert "continues at step 6" in (folder / "log.txt").read_text()
 
 
-def test_what_a_superseded_process_still_says_reaches_no_record(tmp_path):
+def test_what_a_superseded_process_still_says_reaches_no_record(folder):
     """TensorBoard's writer appends by name, so it may write only after a look at the lease."""
     from experiments.training.log import RunLog, cut_events
 
-    mine = take(tmp_path, 10.0)
-    older = RunLog(tmp_path, {}, {}, "test/top1", guard=mine.check)
+    mine = take(folder, 10.0)
+    older = RunLog(folder, guard=mine.check)
+    older.begin({}, {}, "test/top1")
     older.scalar("train/loss", 1.0, 1)
     sizes = older.sizes()
-    _elsewhere(tmp_path, 2)
-    cut_events(tmp_path, sizes)
+    _elsewhere(folder, 2)
+    cut_events(folder, sizes)
     for step in range(100):
         older.scalar("train/loss", 3.0, step)
     older.close()
     time.sleep(0.2)
-    assert {path.name: path.stat().st_size for path in tmp_path.glob("events*")} == sizes
+    assert {path.name: path.stat().st_size for path in folder.path.glob("events*")} == sizes
 
 
 def test_a_checkpoint_of_a_superseded_process_is_passed_over(tmp_path):
@@ -248,10 +258,10 @@ def test_a_checkpoint_of_a_superseded_process_is_passed_over(tmp_path):
     expected = run(config)
     folder = folder_of(config)
     (folder / "result.json").unlink()
-    last = newest(folder / "checkpoints")
+    last = folder.newest_checkpoint()
     content = checkpoint.load(last, expected["config_hash"])
     content["events"] = {name: size + 100 for name, size in content["events"].items()}
-    keeper = checkpoint.Keeper(folder / "checkpoints", expected["config_hash"], 9, last)
+    keeper = checkpoint.Keeper(folder.checkpoints, expected["config_hash"], 9, last)
     keeper.save(content["step"], {key: content[key] for key in content if key not in ("format", "config_hash", "step")})
     assert run(config)["weights_sha256"] == expected["weights_sha256"]
     assert "it is passed over" in (folder / "log.txt").read_text()

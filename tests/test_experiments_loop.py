@@ -12,16 +12,16 @@ from sklearn.metrics import accuracy_score, log_loss, top_k_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.nn.utils import clip_grad_norm_
 
-from experiments.config import CONF, build, choices_of, config_hash, options_of
-from experiments.errors import TrainingFailedError, UserError
+from experiments.config import CONF, build, choices_of, config_hash, folder_of, options_of
+from experiments.data.batches import Batches
 from experiments.models import build_model
+from experiments.randomness import seed_torch
+from experiments.ranks import Ranks
 from experiments.training import checkpoint
-from experiments.training.data import Batches
 from experiments.training.loop import Trainer
-from experiments.training.parallel import Ranks
-from experiments.training.randomness import seed_torch
-from experiments.training.run import folder_of, result_of, run
-from experiments.training.state import newest
+from experiments.training.run import run
+from runfolder.errors import TrainingFailedError, UserError
+from runfolder.records import read_result
 from tests.cases import METHODS, METHODS_AND_MODELS, tiny_config
 from tract.methods.base import Method
 
@@ -32,7 +32,7 @@ def _train(folder, **overrides):
     """(config, result, content of the last checkpoint) of a run."""
     config = tiny_config(folder, **overrides)
     result = run(config)
-    last = newest(folder_of(config) / "checkpoints")
+    last = folder_of(config).newest_checkpoint()
     return config, result, checkpoint.load(last, config_hash(config))
 
 
@@ -43,10 +43,9 @@ def _scalars(config):
 
 
 def _model_and_batches(config):
-    data = build(config.data)
+    data = build(config.data).load()
     seed_torch(config.seed, "initialisation")
-    sizes = {"in_channels": data.channels, "image_size": data.image_size}
-    model = build_model(config.model["name"], 10, **sizes, **options_of(config.model))
+    model = build_model(config.model["name"], 10, **data.shape, **options_of(config.model))
     options = {key: getattr(config, key) for key in ("seed", "batch_size", "drop_last", "eval_batch_size")}
     batches = Batches(data, **options, overfit=None, workers=0, ranks=Ranks(), device=torch.device("cpu"))
     return model, batches
@@ -183,9 +182,11 @@ def test_runtime_does_not_change_the_weights_but_the_seed_does(tmp_path):
 
 def test_a_finished_run_is_only_reported(tmp_path):
     config, result, _ = _train(tmp_path, max_steps=2)
-    before = {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*") if path.name != "lock"}
-    assert run(config) == result == result_of(folder_of(config))
-    assert before == {path: path.stat().st_mtime_ns for path in folder_of(config).rglob("*") if path.name != "lock"}
+    before = {path: path.stat().st_mtime_ns for path in folder_of(config).path.rglob("*") if path.name != "lock"}
+    assert run(config) == result == read_result(folder_of(config))
+    assert before == {
+        path: path.stat().st_mtime_ns for path in folder_of(config).path.rglob("*") if path.name != "lock"
+    }
 
 
 # -- failures -----------------------------------------------------------------------------------------
@@ -194,14 +195,14 @@ def test_a_finished_run_is_only_reported(tmp_path):
 @pytest.mark.parametrize("log_every", [1, 50])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint_before(log_every, tmp_path):
     changes = {"optim": "sgd", "optim__lr": 1e30, "runtime__checkpoint_steps": 1, "runtime__log_every": log_every}
-    config = tiny_config(tmp_path, model="resnet_small", model__width=2, **changes)
+    config = tiny_config(tmp_path, model="resnet_small", model__width=8, **changes)
     with pytest.raises(TrainingFailedError, match=r"train/loss is not finite in step (\d+)") as caught:
         run(config)
     step = int(re.search(r"step (\d+)", str(caught.value))[1])
     folder = folder_of(config)
     assert json.loads((folder / "failure.json").read_text())["reason"] == str(caught.value)
     assert not (folder / "result.json").exists()
-    state = checkpoint.load(newest(folder / "checkpoints"), config_hash(config))
+    state = checkpoint.load(folder.newest_checkpoint(), config_hash(config))
     assert state["step"] == step - 1 == 1
     assert all(math.isfinite(number) for number in state["progress"]["window"])
 
@@ -215,7 +216,7 @@ def test_the_table_has_every_method():
 
 @pytest.mark.parametrize(("method", "model"), METHODS_AND_MODELS)
 def test_every_method_learns_and_the_optimizer_has_exactly_the_models_parameters(method, model, tmp_path, monkeypatch):
-    after_step, seen = Trainer._after_step, []
+    after_step, seen = Trainer.after_step, []
 
     def checked(trainer, at_end):
         held = [id(p) for group in trainer.optimizer.param_groups for p in group["params"]]
@@ -224,7 +225,7 @@ def test_every_method_learns_and_the_optimizer_has_exactly_the_models_parameters
         seen.append(trainer.progress.step)
         after_step(trainer, at_end)
 
-    monkeypatch.setattr(Trainer, "_after_step", checked)
+    monkeypatch.setattr(Trainer, "after_step", checked)
     size = {"model__width": 8} if model == "resnet_small" else {"model__width": 32, "model__depth": 1}
     learn = {"epochs": 4, "batch_size": 32, "optim__lr": 0.01, "data__augment": "none", "runtime__log_every": 1000}
     config, result, _ = _train(tmp_path, method=method, model=model, **size, **learn)
@@ -266,10 +267,10 @@ def test_hooks_are_called_in_the_documented_order(tmp_path, monkeypatch):
         def after_step(self, model, optimizer, step):
             calls.append(f"after_step {step}")
 
-        def views(self, model):
+        def evaluated(self, model):
             assert not model.training
-            calls.append("views")
-            return super().views(model)
+            calls.append("evaluated")
+            return super().evaluated(model)
 
         def metrics(self, model):
             calls.append("metrics")
@@ -278,7 +279,7 @@ def test_hooks_are_called_in_the_documented_order(tmp_path, monkeypatch):
     monkeypatch.setattr("tract.methods.base.Method", Recording)
     steps = [[f"before_step {s}", "accumulating", "accumulated", "penalty", f"after_step {s}"] for s in range(2)]
     config, result, _ = _train(tmp_path, max_steps=2, micro_batch=64)
-    assert calls == ["apply", "param_groups", *steps[0], *steps[1], "views", "metrics"]
+    assert calls == ["apply", "param_groups", *steps[0], *steps[1], "evaluated", "metrics"]
     assert result["metrics"]["recording/calls"] == len(calls)
 
     calls.clear()
@@ -320,7 +321,7 @@ def test_other_number_and_memory_formats_learn_the_same(changes, tmp_path):
 
 
 def test_bad_input_met_while_training_keeps_its_checkpoints(tmp_path, monkeypatch):
-    after_step = Trainer._after_step
+    after_step = Trainer.after_step
 
     def bad_image(trainer, at_end):
         after_step(trainer, at_end)
@@ -328,10 +329,10 @@ def test_bad_input_met_while_training_keeps_its_checkpoints(tmp_path, monkeypatc
             raise UserError("expected a readable image")
 
     config = tiny_config(tmp_path, runtime__checkpoint_steps=2)
-    monkeypatch.setattr(Trainer, "_after_step", bad_image)
+    monkeypatch.setattr(Trainer, "after_step", bad_image)
     with pytest.raises(UserError, match="readable image"):
         run(config)
-    assert newest(folder_of(config) / "checkpoints").name.startswith("step-00000002-")
+    assert folder_of(config).newest_checkpoint().name.startswith("step-00000002-")
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -341,12 +342,10 @@ def test_no_micro_batch_is_empty_or_larger_than_asked(images, micro_batch, ranks
     """Equally many on every rank; one image more only where the smallest share leaves no other way."""
 
     class Stub:
-        ranks = Ranks(0, 1)
         config = tiny_config("unused", batch_size=images, micro_batch=micro_batch)
 
-    Stub.ranks = Ranks(0, ranks)
-    parts = Trainer._parts(Stub, images)
     shares = [len(share) for share in np.array_split(np.arange(images), ranks)]
+    parts = Trainer._parts(Stub, shares)
     sizes = [len(part) for share in shares for part in np.array_split(np.arange(share), parts)]
     assert min(sizes) >= 1
     assert max(sizes) <= (micro_batch or max(shares)) or parts == min(shares)

@@ -6,8 +6,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from experiments.config import choices_of
-from experiments.errors import UserError
 from experiments.models import build_model
+from runfolder.errors import UserError
 from tests.cifar100_reference import FACTS
 
 # weiaicunzai/pytorch-cifar100 @ 11d8418 and omihub777/ViT-CIFAR @ ab9043e, counted from the originals.

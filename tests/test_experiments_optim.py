@@ -68,9 +68,9 @@ def test_continuing_from_a_state_by_name_is_never_having_stopped(kind, order, me
     _train(again, resumed, range(5, 10))
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, again.state_dict()[name]), name
-    for name, entries in state_by_name(optimizer, model).items():
+    for name, entries in state_by_name(optimizer, model)["state"].items():
         for key, value in entries.items():
-            other = state_by_name(resumed, again)[name][key]
+            other = state_by_name(resumed, again)["state"][name][key]
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other)), (name, key)
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from experiments import runtime
+from experiments.config import options_of
+from experiments.models import build_model
 from experiments.runtime import SETTINGS, Sizes, Timing, main, measure, row
 from experiments.training.loop import Trainer
 from tract import TrActLayer
@@ -15,7 +17,7 @@ CHANGES = {"model": "vit_small", "model.width": 8, "model.depth": 1, "model.head
 
 
 def test_blocks_of_the_loops_own_steps_take_turns_after_the_warm_up(monkeypatch):
-    step, steps, clock = Trainer._step, [], iter(range(1000))
+    step, steps, clock = Trainer.step, [], iter(range(1000))
 
     def noted(trainer, batch, count):
         steps.append("tract" if any(isinstance(m, TrActLayer) for m in trainer.model.modules()) else "vanilla")
@@ -24,7 +26,7 @@ def test_blocks_of_the_loops_own_steps_take_turns_after_the_warm_up(monkeypatch)
         step(trainer, batch, count)
         assert not all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
 
-    monkeypatch.setattr(Trainer, "_step", noted)
+    monkeypatch.setattr(Trainer, "step", noted)
     monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock) ** 2)
     timing, config = measure(SETTINGS["quickstart"], CHANGES, SIZES)
     assert steps == ["vanilla", "tract"] + 3 * (2 * ["vanilla"] + 2 * ["tract"])
@@ -65,8 +67,9 @@ def test_the_table_and_the_file_say_how_it_was_measured(tmp_path, capsys):
 def test_every_setting_has_a_network_for_its_images(name):
     setting = SETTINGS[name]
     config = runtime.compose_config(setting.experiment, setting.changes | {"method": "tract"})
+    sizes = {"in_channels": setting.channels, "image_size": setting.image_size}
     with torch.device("meta"):
-        model = runtime._network(setting, config)
+        model = build_model(config.model["name"], setting.classes, **sizes, **options_of(config.model))
         scores = model(torch.empty(2, setting.channels, setting.image_size, setting.image_size))
     assert scores.shape == (2, setting.classes)
     assert config.batch_size == (256 if setting.classes == 1000 else 64 if name == "quickstart" else 128)

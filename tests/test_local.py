@@ -11,9 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments import cli, local
 from experiments.config import compose_config, to_tree
-from experiments.training.lease import is_held
+from runfolder.folder import RunFolder
+from runfolder.lease import is_held
+from runfolder.process import is_dead
+from runfolder.tickets import highest
+from slurm import ledger, status
+from slurm.command import main
+from slurm.notices import Notices
 from tests.holding import held_elsewhere
 
 ROOT = Path(__file__).parents[1]
@@ -21,15 +26,15 @@ TINY = ["epochs=1", "max_steps=3", "model.width=8", "runtime.threads=1"]
 
 
 def quickstart(*arguments: str) -> int:
-    return cli.main("quickstart", "", "quickstart", list(arguments))
+    return main("quickstart", "", "quickstart", list(arguments))
 
 
 def command(*arguments: str) -> list[str]:
     return [sys.executable, str(ROOT / "experiments" / "quickstart.py"), *arguments]
 
 
-def run_folders(runs: Path) -> list[Path]:
-    return sorted(runs.glob("quickstart/*"))
+def run_folders(runs: Path) -> list[RunFolder]:
+    return ledger.run_folders(runs)
 
 
 def test_dry_run_makes_nothing_and_names_every_run(tmp_path, capsys):
@@ -66,9 +71,9 @@ def test_a_failing_run_stops_no_other(tmp_path, capsys):
     selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
     quickstart("--dry-run", *selection)
     name = next(word for word in capsys.readouterr().out.split() if "-s0-" in word)
-    folder = tmp_path / "quickstart" / Path(name).name
-    folder.mkdir(parents=True)
-    (folder / "checkpoints").write_text("not a folder")
+    folder = RunFolder(tmp_path / "quickstart" / Path(name).name)
+    folder.path.mkdir(parents=True)
+    folder.checkpoints.write_text("not a folder")
     assert quickstart("--local", *selection) == 1
     said = capsys.readouterr().out
     assert "1 of 2 runs finished (1 failed" in said
@@ -79,10 +84,11 @@ def test_a_failing_run_stops_no_other(tmp_path, capsys):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
 def test_signals_that_ask_a_grid_to_stop(number):
     before = signal.getsignal(number)
-    with local._told() as names:
+    with Notices() as notices:
         if number != signal.SIGUSR1:
             os.kill(os.getpid(), number)
-            assert names == [number.name]
+            assert notices.take() == [number]
+            assert notices.take() == []
         else:
             assert signal.getsignal(number) == before, "not ours"
     assert signal.getsignal(number) == before
@@ -112,14 +118,92 @@ def test_a_busy_run_is_named_and_stops_no_other(tmp_path, capsys):
     selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
     quickstart("--dry-run", *selection)
     name = next(word for word in capsys.readouterr().out.split() if "-s0-" in word)
-    folder = tmp_path / "quickstart" / Path(name).name
-    folder.mkdir(parents=True)
+    folder = RunFolder(tmp_path / "quickstart" / Path(name).name)
+    folder.path.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(chosen(tmp_path))))
     with held_elsewhere(folder):
         assert quickstart("--local", *selection) == 75
     said = capsys.readouterr().out
     assert "busy      " in said
     assert "1 of 2 runs finished (1 busy" in said
+
+
+def slow_grid(runs: Path, *words: str) -> list[str]:
+    choice = ["--local", "model=resnet_small", "model.width=8", "method=vanilla", "runtime.threads=1"]
+    return [*choice, "runtime.heartbeat_seconds=0.2", f"runtime.runs={runs}", *words]
+
+
+def state_words(runs: Path, capsys) -> list[str]:
+    """The states that status.py lists, by the runs' names."""
+    capsys.readouterr()
+    status.main(["--runs", str(runs), "--json"])
+    return [run["state"] for run in json.loads(capsys.readouterr().out)["runs"]]
+
+
+def test_status_shows_a_local_grid_and_stops_single_runs(tmp_path, capsys):
+    """Of three runs that would take hours the first is cancelled; the second, queued till then, takes its place."""
+    process = subprocess.Popen(
+        command(*slow_grid(tmp_path, "seed=0,1,2", "epochs=100000")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        wait_until(lambda: any("epoch 2/" in path.read_text() for path in tmp_path.rglob("log.txt")), process)
+        assert state_words(tmp_path, capsys) == ["running", "queued", "queued"]
+        first, second, third = run_folders(tmp_path)
+        assert status.main(["cancel", "--runs", str(tmp_path), first.name, third.name]) == 0
+        wait_until(lambda: is_held(second), process)
+        assert state_words(tmp_path, capsys) == ["cancelled", "running", "cancelled"]
+    finally:
+        process.send_signal(signal.SIGINT)
+        try:
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 75, said
+    assert "SIGINT: each run writes a checkpoint" in said
+    assert f"cancelled {first.name}" in said
+    assert f"stopped   {second.name}: stopped (" in said
+    assert [attempt["outcome"] for attempt in ledger.attempts(second)] == ["stopped"]
+    assert [attempt["outcome"] for attempt in ledger.attempts(first)] == ["cancelled"]
+    assert not ledger.attempts(third)
+    assert first.newest_checkpoint() is not None
+    assert quickstart("--local", *slow_grid(tmp_path, "seed=0", "epochs=100000")[1:]) == 0
+    assert "0 of 1 runs finished (1 cancelled)." in capsys.readouterr().out
+
+
+def test_a_killed_run_of_a_local_grid_is_started_again(tmp_path):
+    """And its folder tells so: attempts of the supervisor, attempts of training, the submission they belong to."""
+    process = subprocess.Popen(command(*slow_grid(tmp_path, "seed=0", "epochs=20")), stdout=subprocess.PIPE, text=True)
+    wait_until(lambda: any("epoch 2/" in path.read_text() for path in tmp_path.rglob("log.txt")), process)
+    (folder,) = run_folders(tmp_path)
+    (submission,) = folder.submissions.iterdir()
+    os.kill(json.loads(highest(folder.lease)[1].read_text())["pid"], signal.SIGKILL)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert f"killed    {folder.name}: killed by SIGKILL" in said
+    assert "1 of 1 runs finished." in said
+    attempts = ledger.attempts(folder)
+    assert [attempt["outcome"] for attempt in attempts] == ["killed", "finished"]
+    assert {attempt["submission"] for attempt in attempts} == {submission.name}
+    assert len(json.loads(folder.provenance.read_text())["attempts"]) == 2
+    assert ledger.claim_of(folder)["released"] == "finished"
+    assert not (submission / "code").exists(), "it runs the checkout itself"
+
+
+def test_a_failed_run_of_a_local_grid_can_be_retried(tmp_path, capsys, monkeypatch):
+    """By status.py, in the background, with today's code."""
+    monkeypatch.chdir(tmp_path)
+    selection = ["model=resnet_small", "seed=0", "method=vanilla", "optim.lr=1e30", "epochs=2", "runtime.threads=1"]
+    assert quickstart("--local", *selection) == 1
+    (folder,) = run_folders(tmp_path / "runs")
+    assert json.loads(folder.failure.read_text())["kind"] == "non-finite"
+    assert status.main(["retry", "cluster.free_gib=0"]) == 0
+    worker = ledger.claim_of(folder)["worker"]
+    wait_until(lambda: is_dead(worker) and folder.failure.exists())
+    assert [attempt["outcome"] for attempt in ledger.attempts(folder)] == ["failed", "failed"]
+    assert len(list(folder.submissions.iterdir())) == 2
 
 
 def chosen(runs: Path):

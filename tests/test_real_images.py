@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from analysis import tables
-from experiments import cli
+from slurm.command import main
 from tests.voc_folder import write_voc
 
 pytestmark = pytest.mark.skipif(
@@ -52,7 +52,7 @@ def imagenette(tmp_path_factory) -> Path:
 
 def train(experiment: str, runs: Path, *choices: str) -> dict:
     arguments = [*choices, f"runtime.runs={runs}", "data=imagefolder", "runtime.progress=false"]
-    assert cli.main(experiment, "", "", arguments) == 0
+    assert main(experiment, "", "", arguments) == 0
     (result,) = runs.rglob("result.json")
     return json.loads(result.read_text())
 
@@ -86,7 +86,7 @@ def test_photographs_of_many_sizes_train(imagenette, tmp_path):
 
 def run_and_tabulate(experiment: str, runs: Path, capsys, *choices: str) -> str:
     """Train one run, and give the table that its folder makes."""
-    assert cli.main(experiment, "", "", [*choices, f"runtime.runs={runs}", "runtime.progress=false"]) == 0
+    assert main(experiment, "", "", [*choices, f"runtime.runs={runs}", "runtime.progress=false"]) == 0
     capsys.readouterr()
     assert tables.main(["--runs", str(runs), "--experiment", experiment]) == 0
     return capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_pre_training_fine_tuning_and_transfer_on_real_images(imagenette, cifar,
     """Each starts from the run before it; other classes and another image size come last."""
     choices = [*TOY_VIT, "method=tract", *QUICK]
     pretrain = [*choices, "recipe.pretrain_epochs=400", f"data.root={imagenette}", *NETTE]
-    assert cli.main("imagenet_deit", "", "", [*pretrain, f"runtime.runs={tmp_path}", "runtime.progress=false"]) == 0
+    assert main("imagenet_deit", "", "", [*pretrain, f"runtime.runs={tmp_path}", "runtime.progress=false"]) == 0
     table = run_and_tabulate("imagenet_deit", tmp_path, capsys, *pretrain, "stage=finetune")
     assert len(re.findall(r"\(1\) *\|", table)) == 2  # a row for each stage
     (tuned,) = (tmp_path / "imagenet_deit").glob("*-50ep-*")

@@ -8,8 +8,8 @@ import pytest
 
 from experiments.config import build, compose_config
 from experiments.grid import plan
+from experiments.randomness import epoch_order
 from experiments.training.loop import total_steps
-from experiments.training.randomness import epoch_order
 
 IMAGENET = 1_281_167
 
@@ -118,30 +118,32 @@ DEIT = {
     "data.interpolation": "bicubic", "model.patch": 16, "model.depth": 12, "seed": 0, "runtime.gpus": 8,
 }  # fmt: skip
 PRETRAIN = {"loss": "bce", "label_smoothing": 0.0, "mixup": 0.8, "cutmix": 1.0, "repeats": 3} | {
+    "mix_group": 256,
     "data.augment": "three_augment", "start_from": None,
 }  # fmt: skip
 FINETUNE = {"loss": "cross_entropy", "label_smoothing": 0.1, "mixup": 0.0, "cutmix": 1.0, "repeats": 1} | {
     "data.augment": "three_augment_simple_crop", "data.image_size": 224, "epochs": 50, "optim.lr": 3e-4,
     "optim.weight_decay": 0.02,
 }  # fmt: skip
-# (network, epochs) -> rate, weight decay, drop path, image size; and of fine-tuning the drop path
+# (network, epochs) -> rate, weight decay, drop path, image size; and of fine-tuning the drop path, images of a GPU
 RUNS = {
-    ("deit3_small", 400): (4e-3, 0.03, 0.0, 224, 0.05),
-    ("deit3_small", 800): (4e-3, 0.05, 0.05, 224, 0.05),
-    ("deit3_base", 400): (3e-3, 0.03, 0.1, 192, 0.15),
-    ("deit3_base", 800): (3e-3, 0.05, 0.2, 192, 0.15),
+    ("deit3_small", 400): (4e-3, 0.03, 0.0, 224, 0.05, 128),
+    ("deit3_small", 800): (4e-3, 0.05, 0.05, 224, 0.05, 128),
+    ("deit3_base", 400): (3e-3, 0.03, 0.1, 192, 0.15, 64),
+    ("deit3_base", 800): (3e-3, 0.05, 0.2, 192, 0.15, 64),
 }
 
 
 @pytest.mark.parametrize("run", RUNS)
 def test_deit(run):
-    lr, decay, drop_path, size, drop_path_after = RUNS[run]
+    lr, decay, drop_path, size, drop_path_after, group = RUNS[run]
     choices = {"model": run[0], "recipe.pretrain_epochs": run[1]}
     before = compose_config("imagenet_deit", choices)
     facts = {"epochs": run[1], "optim.lr": lr, "optim.weight_decay": decay, "data.image_size": size}
     assert holds(before, DEIT | PRETRAIN | facts | {"model.drop_path": drop_path, "schedule.lr": lr})
     after = compose_config("imagenet_deit", choices | {"stage": "finetune"})
-    assert holds(after, DEIT | FINETUNE | {"model.drop_path": drop_path_after, "schedule.lr": 3e-4})
+    assert holds(after, DEIT | FINETUNE | {"model.drop_path": drop_path_after, "mix_group": group})
+    assert after.schedule["lr"] == 3e-4
     steps = IMAGENET // 2048
     assert steps == 625
     assert total_steps(before, steps) == 625 * run[1]
@@ -157,3 +159,24 @@ def test_table_3_has_its_lambdas():
         ("deit3_small", 400, None), ("deit3_small", 400, 0.1), ("deit3_small", 800, None), ("deit3_small", 800, 0.2),
         ("deit3_base", 400, None), ("deit3_base", 400, 0.1),
     ]  # fmt: skip
+
+
+# -- transfer -------------------------------------------------------------------------------
+
+TRANSFER = {
+    "batch_size": 768, "drop_last": True, "loss": "cross_entropy", "label_smoothing": 0.1, "mixup": 0.8, "cutmix": 1.0,
+    "mix_group": 96, "repeats": 3, "precision": "fp16", "decay_matrices_only": True, "clip_grad_norm": None,
+    "optim.lr": 0.01, "optim.momentum": 0.9, "optim.nesterov": True, "optim.weight_decay": 1e-4, "model.drop_path": 0.0,
+    "schedule.name": "epoch_cosine", "schedule.warmup_epochs": 5.0, "schedule.warmup_lr": 1e-6,
+    "schedule.min_lr": 1e-5, "data.image_size": 224, "data.augment": "rand_augment", "data.interpolation": "bicubic",
+    "data.crop_ratio": 0.875, "data.mean": [0.485, 0.456, 0.406], "data.std": [0.229, 0.224, 0.225],
+}  # fmt: skip
+
+
+def test_transfer_is_the_first_deits():
+    runs = plan("transfer", "table4", {})
+    assert len(runs) == 8
+    for config in runs:
+        assert holds(config, TRANSFER)
+        assert config.method.get("lambda_", 0.2) == 0.2
+        assert config.start_from.startswith("imagenet_deit/")

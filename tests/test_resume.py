@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from experiments.training.state import newest
-from tests.same_runs import assert_same, only_run
+from tests.same_runs import assert_same, last_checkpoint, only_run
 from tests.voc_folder import write_voc
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +29,7 @@ VARIANTS = {
     "in memory": ({}, 1),
     "loader processes": ({"data.in_memory": "false"}, 1),
     "ema, bf16, accumulation": ({"ema_decay": 0.9, "precision": "bf16", "micro_batch": 50, "model": "vit_small"}, 1),
-    "sgd, vanilla": ({"optim": "sgd", "method": "vanilla"}, 1),
+    "sgd, vanilla": ({"optim": "sgd", "optim.lr": 0.003, "method": "vanilla"}, 1),
     "two ranks": ({"ema_decay": 0.9, "drop_last": "true"}, 2),  # BatchNorm: its statistics differ between ranks
 }
 
@@ -54,7 +54,9 @@ class Machine:
         )  # fmt: skip
         assert self.server.stdout.readline() == "ready\n"
 
-    def start(self, arguments, *, runs, ranks=1, event=None, delay=None, experiment="quickstart") -> list[int]:
+    def start(
+        self, arguments, *, runs, ranks=1, event=None, delay=None, experiment="quickstart", prepare=None
+    ) -> list[int]:
         """Exit codes of all ranks of one attempt."""
         request = {
             "experiment": experiment,
@@ -62,6 +64,7 @@ class Machine:
             "ranks": ranks,
             "event": event,
             "delay": delay,
+            "prepare": prepare,
             "output": str(self.folder / "output.txt"),
         }
         self.server.stdin.write(json.dumps(request) + "\n")
@@ -104,7 +107,6 @@ def undisturbed(machine, tmp_path_factory):
     return run
 
 
-# In a first attempt rename number 1 is that of config.yaml and 2 that of provenance.json; later ones lack the first.
 KILLS = {
     "first step": [("forward", 1)],
     "before the first checkpoint": [("optimizer", 4)],
@@ -112,9 +114,14 @@ KILLS = {
     "during evaluations": [("evaluation", 2), ("evaluation", 3), ("evaluation", 8)],
     "after an evaluation": [("evaluated", 1), ("evaluated", 2)],
     "half a checkpoint": [("half a checkpoint", 1), ("half a checkpoint", 3), ("half a checkpoint", 4)],
-    "around renaming": [("before renaming", 4), ("after renaming", 4), ("before renaming", 3), ("after renaming", 3)],
+    "around renaming a checkpoint": [(f"{moment} renaming step-*.pt", 2) for moment in 2 * ("before", "after")],
+    "around renaming other files": [
+        (f"{moment} renaming {name}", 1)
+        for name in ("config.yaml", "provenance.json")
+        for moment in ("before", "after")
+    ],
     "while pruning": [("pruning", 4), ("pruning", 5)],
-    "before the result": [("result", 1)],
+    "around the result": [("before renaming result.json", 1)],
 }
 
 
@@ -167,6 +174,20 @@ def test_signals_stop_at_a_step_with_a_checkpoint(machine, undisturbed, tmp_path
     assert_same(tmp_path, undisturbed(variant), capsys)
 
 
+def test_mixed_copies_train_the_same_on_any_ranks_and_in_micro_batches(machine, tmp_path):
+    """Repeated augmentation with Mixup and CutMix in three groups; a network without BatchNorm."""
+    recipe = {"repeats": 3, "mixup": 0.8, "cutmix": 1.0, "mix_group": 40, "batch_size": 100, "drop_last": "true"}
+    recipe |= {"model": "vit_small", "optim": "sgd", "optim.lr": 0.003, "max_steps": 12, "epochs": 1}
+    weights = []
+    for number, (ranks, changes) in enumerate([(1, {}), (1, {"micro_batch": 30}), (3, {"micro_batch": 7})]):
+        runs = tmp_path / str(number)
+        assert machine.start(words(recipe | changes), runs=runs, ranks=ranks) == [0] * ranks, machine.output()
+        weights.append(last_checkpoint(only_run(runs))["model"])
+    for other in weights[1:]:
+        for name, tensor in weights[0].items():
+            torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_two_ranks_evaluate_what_a_checkpoint_holds(machine, tmp_path, capsys):
     """A checkpoint at the end of every epoch and a kill in every evaluation change no logged number."""
     extra, ranks = VARIANTS["two ranks"]
@@ -194,7 +215,7 @@ def test_detection_on_two_ranks_counts_every_image_once(machine, tmp_path):
 def test_a_stop_loses_no_step(machine, tmp_path):
     arguments = words({"runtime.checkpoint_steps": "null"})
     assert machine.start(arguments, runs=tmp_path, event=("forward", 7, "SIGTERM")) == [75]
-    assert newest(only_run(tmp_path) / "checkpoints").name.startswith("step-00000007-")
+    assert only_run(tmp_path).newest_checkpoint().name.startswith("step-00000007-")
 
 
 def test_deadline_stops_in_time(machine, undisturbed, tmp_path, capsys):
@@ -229,12 +250,12 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
     machine, undisturbed, tmp_path, capsys, damage, how_many
 ):
     machine.start(RUN, runs=tmp_path, event=("forward", 14, "SIGKILL"))
-    files = sorted((only_run(tmp_path) / "checkpoints").glob("step-*.pt"), reverse=True)
+    files = sorted(only_run(tmp_path).checkpoints.glob("step-*.pt"), reverse=True)
     assert [path.name[:13] for path in files] == ["step-00000010", "step-00000005"]
     for path in files[:how_many]:
         path.write_bytes(damage(path.read_bytes()))
     machine.until_finished(RUN, runs=tmp_path)
-    log = (only_run(tmp_path) / "log.txt").read_text()
+    log = only_run(tmp_path).log.read_text()
     for path in files[:how_many]:
         assert f"{path.name} is damaged" in log
     expected = {1: "continues at step 5", 2: "starts at step 0"}[how_many]
@@ -244,10 +265,10 @@ def test_damaged_checkpoints_are_named_and_the_one_before_is_used(
 
 def test_starting_a_finished_run_changes_nothing(machine, undisturbed):
     runs = undisturbed("in memory")
-    before = {path: path.stat().st_mtime_ns for path in only_run(runs).rglob("*") if path.name != "lock"}
+    before = {path: path.stat().st_mtime_ns for path in only_run(runs).path.rglob("*") if path.name != "lock"}
     assert machine.start(RUN, runs=runs) == [0]
     assert "finished already" in machine.output()
-    assert before == {path: path.stat().st_mtime_ns for path in only_run(runs).rglob("*") if path.name != "lock"}
+    assert before == {path: path.stat().st_mtime_ns for path in only_run(runs).path.rglob("*") if path.name != "lock"}
 
 
 def test_two_starts_at_once_train_once(machine, undisturbed, tmp_path, capsys):
@@ -263,6 +284,6 @@ def test_two_starts_at_once_train_once(machine, undisturbed, tmp_path, capsys):
     assert codes in ([0, 69], [0, 0]), outputs
     if codes == [0, 69]:
         assert "is being trained by process" in outputs[0] + outputs[1]
-    attempts = json.loads((only_run(tmp_path) / "provenance.json").read_text())["attempts"]
+    attempts = json.loads(only_run(tmp_path).provenance.read_text())["attempts"]
     assert len(attempts) == 1
     assert_same(tmp_path, undisturbed("in memory"), capsys)

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
-from experiments.training import files, state
-from experiments.training.folder import prepare_folder
+from experiments.config import prepare_folder
+from runfolder.files import TEMPORARY
+from runfolder.folder import RunFolder
+from slurm.command import main
 from tests.cases import tiny_config
 from tests.holding import held_elsewhere
 
@@ -18,7 +19,7 @@ TINY = ["epochs=2", "max_steps=4", "model=vit_small", "model.width=16", "runtime
 
 
 def quickstart(*arguments: str) -> int:
-    return cli.main("quickstart", "", "quickstart", list(arguments))
+    return main("quickstart", "", "quickstart", list(arguments))
 
 
 @pytest.fixture
@@ -89,8 +90,8 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_leaves_no_half_file(tmp_pat
         assert quickstart(*wide) == 2
         assert "No space left on device" in capsys.readouterr().err
         (folder,) = (small / "quickstart").iterdir()
-        assert not list(folder.rglob(f"*{files.TEMPORARY}"))
-        saved = state.newest(folder / "checkpoints")
+        assert not list(folder.rglob(f"*{TEMPORARY}"))
+        saved = RunFolder(folder).newest_checkpoint()
         assert saved is not None
         elsewhere = tmp_path / "large" / "quickstart"
         elsewhere.mkdir(parents=True)
@@ -110,7 +111,7 @@ def test_a_refused_start_leaves_the_running_runs_configuration(tmp_path):
 
 
 def test_only_the_right_script_resumes_a_run(finished, capsys):
-    assert cli.main("cifar_vit", "", "figure4", ["--resume", str(finished)]) == 2
+    assert main("cifar_vit", "", "figure4", ["--resume", str(finished)]) == 2
     assert "python experiments/quickstart.py --resume" in capsys.readouterr().err
 
 

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from experiments.training.files import read_json, write_json
-from slurm import job, ledger
-from slurm.job import Supervisor
+from runfolder.files import read_json, write_json
+from runfolder.folder import RunFolder
+from slurm import ledger, supervisor
+from slurm.job import Job
+from slurm.notices import Notices
 from slurm.profile import Cluster, to_tree
+from slurm.submission import Submission
+from slurm.supervisor import Place, Supervisor
 
 ROOT = Path(__file__).parents[1]
 # The submission's training script: what a run does stands in its folder.
@@ -61,8 +65,8 @@ def make_job(tmp_path):
         (scripts / "demo.py").write_text(SCRIPT)
         names = [f"run-{number}" for number in range(len(deeds))]
         for name, deed in zip(names, deeds, strict=True):
-            folder = tmp_path / "runs" / "demo" / name
-            folder.mkdir()
+            folder = RunFolder(tmp_path / "runs" / "demo" / name)
+            folder.path.mkdir()
             (folder / "what.py").write_text(deed)
             (folder / "config.yaml").write_text(yaml.safe_dump({"data": {}, "runtime": {"data_dir": "data"}}))
             assert ledger.claim([folder], submission.name) == [folder]
@@ -79,8 +83,8 @@ def make_job(tmp_path):
     return make
 
 
-def run_of(submission: Path, number: int) -> Path:
-    return submission.parents[1] / f"run-{number}"
+def run_of(submission: Path, number: int) -> RunFolder:
+    return RunFolder(submission.parents[1] / f"run-{number}")
 
 
 def starts(submission: Path, number: int) -> list[dict]:
@@ -101,7 +105,9 @@ def is_free(submission: Path, number: int) -> bool:
 
 
 def train(submission: Path) -> int:
-    return Supervisor(submission, 0, 0).run()
+    with pytest.raises(SystemExit) as end:
+        Job(str(submission), 0, 0)()
+    return end.value.code
 
 
 @pytest.fixture
@@ -304,16 +310,18 @@ def test_a_file_system_that_fails_for_a_moment_ends_in_a_requeue(make_job, monke
     """What is being trained saves and leaves; all of it is left for the next start."""
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     submission = make_job(STOPPABLE, "finish()", slots=1)
-    heed = Supervisor._heed_signals
 
-    def fail(supervisor):
-        heed(supervisor)
-        if (run_of(submission, 0) / "ready").exists():
-            raise OSError(116, "Stale file handle")
+    class Failing(Notices):
+        def take(self):
+            if (run_of(submission, 0) / "ready").exists():
+                raise OSError(116, "Stale file handle")
+            return super().take()
 
-    monkeypatch.setattr(Supervisor, "_heed_signals", fail)
-    assert train(submission) == 75
-    assert ledger.last_step(run_of(submission, 0)) == 7
+    place = Place({"job": "12", "restart": 0})
+    with Failing() as notices:
+        job = Supervisor(Submission.read(submission), 0, 0, notices, place, submission / "code")
+        assert job.run() == 75
+    assert run_of(submission, 0).last_step() == 7
     assert not starts(submission, 1)
     assert not is_free(submission, 0)
 
@@ -339,7 +347,7 @@ def test_a_rank_that_waits_for_one_that_is_gone_is_ended(make_job, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_PROCID", "0")
-    monkeypatch.setattr(job, "_SECONDS_TO_NOTICE", 0.3)
+    monkeypatch.setattr(supervisor, "SECONDS_TO_NOTICE", 0.3)
     reason = json.dumps({"kind": "peer", "reason": "rank 1 was killed"})
     submission = make_job(f"(folder / 'failure.json').write_text({reason!r}); " + FOREVER)
     assert train(submission) == 75
@@ -480,7 +488,7 @@ def test_usr2_reaches_a_run_that_does_not_listen_yet(make_job, in_background):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 75, said
     assert outcomes(submission, 0) == ["preempted"]
-    assert ledger.last_step(run_of(submission, 0)) == 7
+    assert run_of(submission, 0).last_step() == 7
     assert not starts(submission, 1)
     assert "0 of 2 runs finished, 0 failed, 2 left" in said
     assert not is_free(submission, 0)
@@ -498,7 +506,7 @@ def test_term_is_passed_on_and_work_goes_on(make_job, in_background):
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 0, said
     assert outcomes(submission, 0) == outcomes(submission, 1) == ["finished"]
-    assert ledger.last_step(run_of(submission, 0)) == 3
+    assert run_of(submission, 0).last_step() == 3
 
 
 def test_without_slurm_term_stops(make_job, in_background):
@@ -536,7 +544,7 @@ def test_runs_leave_with_a_checkpoint_when_their_supervisor_is_killed(make_job, 
     process.kill()
     process.wait()
     wait_until(lambda: not marked(tmp_path), "the runs to leave")
-    assert [ledger.last_step(run_of(submission, number)) for number in (0, 1)] == [7, 7]
+    assert [run_of(submission, number).last_step() for number in (0, 1)] == [7, 7]
 
 
 def test_the_next_start_goes_on_with_what_was_left(make_job, in_background, monkeypatch):

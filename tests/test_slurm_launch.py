@@ -14,23 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from experiments import cli
-from experiments.errors import UserError
-from experiments.training.files import read_json, write_json
-from experiments.training.folder import folder_of, prepare_folder
-from experiments.training.lease import this_process
+from experiments.config import folder_of, prepare_folder
+from runfolder.errors import UserError
+from runfolder.files import write_json
+from runfolder.folder import RunFolder
+from runfolder.process import this_process
 from slurm import launch, ledger, preflight
+from slurm.command import main
 from slurm.cost import describe_cost
-from slurm.launch import Shape, arrange, shape_of
+from slurm.packing import Shape, arrange, shape_of
 from slurm.profile import Cluster, Scheduler
 from tests.cases import tiny_config
+from tests.slurm_cluster import incurious_python
 
 ROOT = Path(__file__).parents[1]
 TWO = ["model=resnet_small", "method=vanilla", "seed=0,1"]
 
 
 def quickstart(*arguments: str) -> int:
-    return cli.main("quickstart", "", "quickstart", list(arguments))
+    return main("quickstart", "", "quickstart", list(arguments))
 
 
 def program(path: Path, text: str) -> None:
@@ -72,7 +74,9 @@ def fake_slurm(no_slurm, tmp_path, monkeypatch):
         'for last; do :; done\ncp "$last" "$number.sh"\nenv > "$number.env"\n'
         'echo "Submitted batch job $((100 + number))"',
     )
-    monkeypatch.setattr(preflight, "_check_code", lambda *_: [])  # seconds each; see test_slurm_preflight.py
+    profile = {"base": "slurm", "python": incurious_python(tmp_path / "python")}
+    (tmp_path / "profile.yaml").write_text(json.dumps(profile))
+    monkeypatch.setenv("TRACT_CLUSTER", str(tmp_path / "profile.yaml"))
     monkeypatch.chdir(tmp_path)
     return noted
 
@@ -119,7 +123,7 @@ def test_gpus_that_do_not_spread_evenly_are_refused(profile, gpus, words):
 @pytest.mark.parametrize("seed", range(30))
 def test_every_run_is_in_exactly_one_job_and_no_array_is_too_long(seed):
     draw = random.Random(seed)
-    folders = {Path(f"run-{number}"): draw.choice([0, 1, 1, 2, 8, 16]) for number in range(draw.randint(1, 60))}
+    folders = {RunFolder(f"run-{number}"): draw.choice([0, 1, 1, 2, 8, 16]) for number in range(draw.randint(1, 60))}
     cluster = Cluster(runs_per_gpu=draw.randint(1, 4), gpus_per_job=draw.choice([None, 2, 8]))
     limit = draw.randint(1, 7)
     parts = arrange(folders, cluster, limit)
@@ -137,7 +141,7 @@ def test_every_run_is_in_exactly_one_job_and_no_array_is_too_long(seed):
 
 
 def test_without_a_scheduler_one_job_has_all_runs():
-    folders = {Path(f"run-{number}"): 0 for number in range(7)}
+    folders = {RunFolder(f"run-{number}"): 0 for number in range(7)}
     (part,) = arrange(folders, Cluster(scheduler=Scheduler.local, parallel=2), limit=1)
     assert part.jobs == [list(folders)]
 
@@ -233,7 +237,7 @@ RUNNING = "JobId=7 JobState=RUNNING Restarts=0 X=1"
 def end_of_job(no_slurm, capsys, tmp_path, monkeypatch):
     """Runs the script's last lines in a real shell: (exit code, what scontrol and sleep were asked)."""
     log, answers, refusals = (tmp_path / name for name in ("log", "answers", "refusals"))
-    for name in ("sed", "seq", "sort", "paste", "cat", "head", "tail", "mv"):
+    for name in ("sed", "sort", "paste", "cat", "head", "tail", "mv", "rm"):
         (no_slurm / name).symlink_to(f"/usr/bin/{name}")
     program(no_slurm / "sleep", f'echo "sleep $1" >> {log}')
     program(
@@ -337,9 +341,9 @@ def test_what_the_profile_excludes_stays_excluded(end_of_job):
 
 _SUBMITTER = """
 import sys, time
-from pathlib import Path
+from runfolder.folder import RunFolder
 from slurm import ledger
-folders = [Path(word) for word in sys.argv[2:]]
+folders = [RunFolder(word) for word in sys.argv[2:]]
 print("ready", flush=True)
 sys.stdin.readline()
 print(*(folder.name for folder in ledger.claim(folders, sys.argv[1])), flush=True)
@@ -347,7 +351,7 @@ sys.stdin.readline()
 """
 
 
-def submitter(name: str, folders: list[Path]) -> subprocess.Popen:
+def submitter(name: str, folders: list[RunFolder]) -> subprocess.Popen:
     """A process that claims once it is told to, and lives until it is told again."""
     command = [sys.executable, "-c", _SUBMITTER, name, *map(str, folders)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
@@ -362,9 +366,9 @@ def tell(process: subprocess.Popen) -> None:
 
 @pytest.fixture
 def runs(tmp_path):
-    folders = [tmp_path / "r" / "demo" / f"run-{number:02}" for number in range(50)]
+    folders = [RunFolder(tmp_path / "r" / "demo" / f"run-{number:02}") for number in range(50)]
     for folder in folders:
-        folder.mkdir(parents=True)
+        folder.path.mkdir(parents=True)
     return folders
 
 
@@ -505,7 +509,7 @@ def test_what_cannot_be_meant_is_answered_by_a_sentence(no_slurm, tmp_path, monk
 # -- a submission -----------------------------------------------------------------------
 
 
-def run_folders(tmp_path: Path) -> list[Path]:
+def run_folders(tmp_path: Path) -> list[RunFolder]:
     return ledger.run_folders(tmp_path / "runs", "quickstart")
 
 
@@ -533,7 +537,7 @@ def test_a_submission_says_what_was_submitted(fake_slurm, tmp_path, capsys):
         assert options["job-name"] == part["job_name"]
         assert options.get("array") == ("0-2%2" if len(part["jobs"]) == 3 else None)
         for index, (run,) in enumerate(part["jobs"]):
-            claim = read_json(ledger.newest_claim(tmp_path / "runs" / "quickstart" / run))
+            claim = ledger.claim_of(RunFolder(tmp_path / "runs" / "quickstart" / run))
             assert (claim["submission"], claim["submitted"], claim["scheduler"]) == (folder.name, True, "slurm")
             assert (claim["job_name"], claim["index"]) == (part["job_name"], index)
             assert claim["job"] == (f"{100 + number}_{index}" if len(part["jobs"]) > 1 else f"{100 + number}")
@@ -565,7 +569,7 @@ def test_a_refused_submission_leaves_its_runs_free(fake_slurm, tmp_path, capsys)
     assert quickstart(*choice) == 2
     (said,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error"))
     assert "got: sbatch: error: No, thanks; 1 of 2 arrays are queued" in said
-    claims = [read_json(ledger.newest_claim(folder)) for folder in run_folders(tmp_path)]
+    claims = [ledger.claim_of(folder) for folder in run_folders(tmp_path)]
     assert Counter(bool(claim.get("released")) for claim in claims) == {True: 2, False: 2}
     (fake_slurm / "refuse").unlink()
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
@@ -583,7 +587,7 @@ def test_what_ends_while_the_cluster_is_looked_at_is_not_submitted(fake_slurm, t
 
     def slow_check(cluster, runs, configs, **keywords):
         folder = folder_of(configs[0]).absolute()
-        folder.mkdir(parents=True)
+        folder.path.mkdir(parents=True)
         (folder / "result.json").write_text('{"metrics": {}}')
         ended.append(folder)
         return check(cluster, runs, configs, **keywords)
@@ -594,7 +598,7 @@ def test_what_ends_while_the_cluster_is_looked_at_is_not_submitted(fake_slurm, t
     said = capsys.readouterr().out
     assert "Submitted 1 runs in 1 jobs" in said
     assert "The other runs of the plan: 1 finished." in said
-    assert read_json(ledger.newest_claim(ended[0]))["released"] == "not submitted"
+    assert ledger.claim_of(ended[0])["released"] == "not submitted"
 
 
 def test_retry_submits_as_before_but_for_the_changes(fake_slurm, tmp_path, capsys):

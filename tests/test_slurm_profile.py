@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from experiments.config import parse_single
-from experiments.errors import UserError
+from runfolder.errors import UserError
 from slurm import profile
 from slurm.profile import SHIPPED, Cluster, Scheduler, from_tree, load_cluster, names, to_tree
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import UserError
+from runfolder.errors import UserError
 from slurm import queue
-from slurm.queue import Partition, Task
+from slurm.queue import Partition, QueuedJob
 from tests.slurm_cluster import cluster, make_cluster, needs_slurm  # noqa: F401
 
 LONG = 'ViT, "size"=16|x:%j {a} ü ' * 8 + "END"
@@ -21,7 +21,7 @@ def inside(cluster, monkeypatch):  # noqa: F811
     enter(cluster, monkeypatch)
     yield cluster
     cluster.run("scancel", "--user", str(cluster.run("id", "-u")))
-    cluster.wait_for(lambda: queue.tasks() == [], 20, "an empty queue")
+    cluster.wait_for(lambda: queue.jobs() == [], 20, "an empty queue")
 
 
 def enter(bed, monkeypatch):
@@ -35,23 +35,23 @@ def submit(bed, *options, seconds=60):
 
 
 def states(jobs):
-    return {task.job: task.state for task in queue.tasks() if task.job in jobs}
+    return {job.id: job.state for job in queue.jobs() if job.id in jobs}
 
 
 @needs_slurm
 def test_tasks_are_what_was_submitted_name_for_name(inside, monkeypatch):
     for name in ("SQUEUE_STATES", "SQUEUE_FORMAT", "SQUEUE_FORMAT2", "SQUEUE_PARTITION"):
         monkeypatch.setenv(name, "nonsense")  # what a person likes to see is not what we ask
-    assert queue.tasks() == []
+    assert queue.jobs() == []
     array = submit(inside, f"--job-name={LONG}", "--array=0,2,4%2")
     single = submit(inside, "--hold", "--job-name=held")
     inside.wait_for(
         lambda: list(states([f"{array}_{i}" for i in (0, 2)]).values()) == ["RUNNING"] * 2, 20, "two to run"
     )
-    found = {task.job: task for task in queue.tasks()}
+    found = {job.id: job for job in queue.jobs()}
     assert sorted(found) == sorted([*(f"{array}_{i}" for i in (0, 2, 4)), single])
-    assert {task.name for task in found.values()} == {LONG, "held"}
-    waiting = Task(f"{array}_4", LONG, "PENDING", "JobArrayTaskLimit", "", 0)
+    assert {job.name for job in found.values()} == {LONG, "held"}
+    waiting = QueuedJob(f"{array}_4", LONG, "PENDING", "JobArrayTaskLimit", "", 0)
     assert found[f"{array}_4"] == waiting
     assert found[single].reason == "JobHeldUser"
     running = found[f"{array}_0"]
@@ -63,8 +63,8 @@ def test_tasks_are_what_was_submitted_name_for_name(inside, monkeypatch):
 def test_a_slurm_that_cannot_count_restarts_gives_the_rest(inside, monkeypatch, tmp_path):
     """Where the newer format prints something else, the older one is asked."""
     array = submit(inside, f"--job-name={LONG}", "--array=0-1", "--hold")
-    today = [Task(f"{array}_{index}", LONG, "PENDING", "JobHeldUser", "", 0) for index in (0, 1)]
-    assert sorted(queue.tasks(), key=lambda task: task.job) == today
+    today = [QueuedJob(f"{array}_{index}", LONG, "PENDING", "JobHeldUser", "", 0) for index in (0, 1)]
+    assert sorted(queue.jobs(), key=lambda job: job.id) == today
     old = tmp_path / "squeue"  # whose columns have widths and no suffixes
     real = shutil.which("squeue", path=inside.environment["PATH"])
     old.write_text(f"""#!/bin/sh
@@ -72,7 +72,7 @@ case "$*" in *--Format*) {real} -h -r -O JobArrayID:20,State:20;; *) exec {real}
 """)
     old.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{inside.environment['PATH']}")
-    assert sorted(queue.tasks(), key=lambda task: task.job) == [replace(task, restarts=None) for task in today]
+    assert sorted(queue.jobs(), key=lambda job: job.id) == [replace(job, restarts=None) for job in today]
 
 
 @needs_slurm
@@ -80,9 +80,9 @@ def test_restarts_are_counted(inside):
     job = submit(inside)
     inside.wait_for(lambda: states([job]).get(job) == "RUNNING", 20, "the job to run")
     inside.run("scontrol", "requeue", job)
-    inside.wait_for(lambda: [task.restarts for task in queue.tasks()] == [1], 20, "a restart")
-    (task,) = queue.tasks()
-    assert (task.state, task.reason) in (("PENDING", "BeginTime"), ("COMPLETING", ""))
+    inside.wait_for(lambda: [job.restarts for job in queue.jobs()] == [1], 20, "a restart")
+    (job,) = queue.jobs()
+    assert (job.state, job.reason) in (("PENDING", "BeginTime"), ("COMPLETING", ""))
 
 
 @needs_slurm
@@ -95,9 +95,9 @@ def test_cancel_takes_elements_and_forgives_what_has_ended(inside, monkeypatch):
     queue.cancel([f"{array}_{index}" for index in range(5)] + [ended, f"{array}_5", "999"])
     assert sorted(states([f"{array}_{i}" for i in range(7)] + [ended, other])) == sorted([f"{array}_6", other])
     queue.cancel([f"{array}_[6-6]"])
-    assert [task.job for task in queue.tasks()] == [other]
+    assert [job.id for job in queue.jobs()] == [other]
     queue.cancel([])
-    assert [task.job for task in queue.tasks()] == [other]
+    assert [job.id for job in queue.jobs()] == [other]
 
 
 @pytest.mark.parametrize("job", ["", "--user=root", "12_", "a", "1 2", "12.0"])
@@ -139,15 +139,15 @@ def test_times(text, minutes):
 def test_a_controller_that_is_away_is_not_an_empty_queue(make_cluster, monkeypatch):  # noqa: F811
     bed = make_cluster(nodes=1)
     enter(bed, monkeypatch)
-    assert queue.tasks() == []
+    assert queue.jobs() == []
     bed.stop_slurmctld()
     before = time.monotonic()
-    assert queue.tasks(timeout=0.5) is None
+    assert queue.jobs(timeout=0.5) is None
     assert time.monotonic() - before < 5
     assert queue.available()
     assert not queue.answers()
     bed.start_slurmctld()
-    assert queue.tasks() == []
+    assert queue.jobs() == []
 
 
 def test_without_slurm_nothing_is_known(monkeypatch, tmp_path):
@@ -155,7 +155,7 @@ def test_without_slurm_nothing_is_known(monkeypatch, tmp_path):
     assert not queue.available()
     assert queue.missing_commands() == ["sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo"]
     assert not queue.answers()
-    for ask in (queue.tasks, queue.max_array_size, queue.partitions, queue.nodes_out_of_service):
+    for ask in (queue.jobs, queue.max_array_size, queue.partitions, queue.nodes_out_of_service):
         assert ask() is None
     assert queue.accounts() == []
     with pytest.raises(UserError, match=r"expected scancel to cancel 1 jobs, got: .*No such file"):
@@ -167,9 +167,9 @@ def test_a_command_that_fails_is_not_an_empty_queue(monkeypatch, tmp_path):
     script.write_text("#!/bin/sh\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert queue.tasks() is None
+    assert queue.jobs() is None
     script.write_text("#!/bin/sh\n")
-    assert queue.tasks() == []
+    assert queue.jobs() == []
 
 
 def test_slurms_own_words_are_passed_on(monkeypatch, tmp_path):
@@ -190,4 +190,4 @@ def test_asking_needs_the_standard_library_only():
         capture_output=True,
         text=True,
     )
-    assert set(done.stdout.split()) - sys.stdlib_module_names <= {"__main__", "slurm", "experiments"}
+    assert set(done.stdout.split()) - sys.stdlib_module_names <= {"__main__", "slurm", "runfolder"}

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from experiments.errors import UserError
 from experiments.training.provenance import code_of
+from runfolder.errors import UserError
 from slurm import snapshot
 from slurm.snapshot import take
 from tests.cases import TINY

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.errors import UserError
+from runfolder.errors import UserError
 from slurm import copying, stage
 from slurm.stage import staged
 

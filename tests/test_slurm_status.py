@@ -22,10 +22,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import ledger as benchmark
-from experiments.errors import UserError
-from experiments.training.lease import issue, this_process
-from slurm import ledger, listing, status, tail
-from slurm.ledger import STATES
+from runfolder.errors import UserError
+from runfolder.process import this_process
+from runfolder.states import State
+from runfolder.tickets import issue
+from slurm import ledger, overview, status, tail
 from tests.holding import held_elsewhere
 
 ROOT = Path(__file__).parents[1]
@@ -35,14 +36,14 @@ PROGRESS = {
     "steps": 100,
     "epoch": 2.5,
     "epochs": 10.0,
-    "headline": "test/top1",
-    "score": 61.25,
+    "primary_metric": "test/top1",
+    "value": 61.25,
     "images_per_second": 812.4,
     "seconds_left": 3700,
     "host": "node03",
 }
 RESULT = {
-    "headline": "test/top1",
+    "primary_metric": "test/top1",
     "metrics": {"test/top1": 93.5},
     "steps": 100,
     "epochs": 10,
@@ -173,7 +174,7 @@ def rows(text):
     """{name: words of its row} of all tables."""
     tables = [block.splitlines()[1:] for block in text.split("\n\n") if re.match("run +state", block)]
     lines = [line.split() for table in tables for line in table]
-    return {words[0]: words[1:] for words in lines if words[1] in STATES}
+    return {words[0]: words[1:] for words in lines if words[1] in list(State)}
 
 
 def claims_of(folder):
@@ -186,7 +187,7 @@ def claims_of(folder):
 def test_every_state_is_seen_in_text_and_json_alike(runs, slurm, call):
     """Also of a process of this machine and of a job in the queue; the counts are those of what was made."""
     slurm.tell([("77_4", "PENDING", "Priority", "", "sub.0"), ("77_5", "RUNNING", "None", "node07", "sub.0")])
-    made = {f"{state}-{k}": state for state in STATES for k in range(2)}
+    made = {f"{state}-{k}": state for state in State for k in range(2)}
     for name, state in made.items():
         make(runs, name, state)
     made |= {"in-slurm": "queued", "starting": "queued", "no-job": "missing", "given-back": "missing"}
@@ -206,7 +207,7 @@ def test_every_state_is_seen_in_text_and_json_alike(runs, slurm, call):
     counts = Counter(made.values())
     assert said["counts"] == said["experiments"]["demo"]["counts"] == dict(counts)
     head = text.splitlines()[0]
-    assert head == f"demo: {len(made)} runs: " + ", ".join(f"{counts[state]} {state}" for state in STATES)
+    assert head == f"demo: {len(made)} runs: " + ", ".join(f"{counts[state]} {state}" for state in State)
     assert len(slurm.calls("squeue")) == 2, "one for each list"
     assert "(Priority)" in rows(text)["in-slurm"]
     assert rows(text)["starting"][-3:] == ["77_5", "node07", "(starting)"]
@@ -228,7 +229,7 @@ def test_a_row_says_what_the_files_say(runs, slurm, call):
     assert found["broken"] == ["failed", "25", "%", "2.5/10", "61.25", "-", "-", "-", "-", "node03", "(out-of-memory)"]
     assert found["new"] == ["missing", "-", "-", "-", "-", "-", "-", "-", "-"]
     by_name = {run["run"]: run for run in json.loads(call("--json")[1])["runs"]}
-    for key in ("step", "steps", "epoch", "epochs", "score", "images_per_second", "seconds_left"):
+    for key in ("step", "steps", "epoch", "epochs", "value", "images_per_second", "seconds_left"):
         assert by_name["now"][key] == PROGRESS[key]
     assert by_name["broken"]["failure"] == OOM
     assert by_name["broken"]["seconds_left"] is by_name["broken"]["images_per_second"] is None
@@ -306,7 +307,7 @@ def test_bad_input_is_one_sentence(runs, slurm, call, arguments, error):
 
 
 HALF = '{"step": 25, "ste'
-WRONG = {"step": "a", "steps": [1], "epoch": {}, "epochs": None, "score": "x", "seconds_left": "1"}
+WRONG = {"step": "a", "steps": [1], "epoch": {}, "epochs": None, "value": "x", "seconds_left": "1"}
 DAMAGE = [
     ("running", "progress.json", HALF, "?"),
     ("running", "progress.json", "[1, 2]", "?"),
@@ -314,8 +315,8 @@ DAMAGE = [
     ("running", "progress.json", PROGRESS | {"step": float("nan"), "images_per_second": True}, "?"),
     ("running", "progress.json", '{"step": 1' + "0" * 500 + "}", "?"),
     ("running", "progress.json", PROGRESS | {"images_per_second": True}, "?"),
-    ("running", "progress.json", {key: value for key, value in PROGRESS.items() if key != "score"} | {"host": 3}, "-"),
-    ("running", "progress.json", PROGRESS | {"score": None, "seconds_left": "soon"}, "?"),
+    ("running", "progress.json", {key: value for key, value in PROGRESS.items() if key != "value"} | {"host": 3}, "-"),
+    ("running", "progress.json", PROGRESS | {"value": None, "seconds_left": "soon"}, "?"),
     ("running", "lease/00000001.json", HALF, "61.25"),
     ("running", "attempts/00000001.json", HALF, "61.25"),
     ("finished", "result.json", HALF, "?"),
@@ -451,14 +452,14 @@ TWINS = ["net-s1-01234567", "net-s1-12345678", "net-s2-12345679", "vit-s1-012345
 def test_shortened_names_fit_or_are_whole():
     for room in range(1, 60):
         for chosen in (NAMES, NAMES[:1], NAMES[:2], ["a", "ab", "abc"], ALIKE, TWINS):
-            short = listing.shortened(chosen, room)
+            short = overview.shortened(chosen, room)
             assert len(set(short)) == len(chosen)
             assert short == chosen or max(map(len, short)) <= max(room, 10)
             assert all(cut.strip("…") in name for name, cut in zip(chosen, short, strict=True))
-    assert listing.shortened(NAMES, max(map(len, NAMES))) == NAMES
+    assert overview.shortened(NAMES, max(map(len, NAMES))) == NAMES
     pair = ["a-b-s1-01234567", "a-b-s2-12345678"]
-    assert listing.shortened(pair, 13) == ["…s1-01234567", "…s2-12345678"]
-    assert listing.shortened(pair, 10) == ["…s1-…", "…s2-…"]
+    assert overview.shortened(pair, 13) == ["…s1-01234567", "…s2-12345678"]
+    assert overview.shortened(pair, 10) == ["…s1-…", "…s2-…"]
 
 
 # -- time left --------------------------------------------------------------------------
@@ -473,10 +474,10 @@ def test_time_left_by_hand():
     running = [run_of("running", 50, 100, seconds_left=100), run_of("running", 90, 100, seconds_left=20)]
     queued = [run_of("queued"), run_of("queued", 40, 100)]
     ended = [run_of("failed", 10, 100), run_of("missing"), run_of("finished", 100, 100, seconds=200.0)]
-    assert listing.seconds_left(running + queued + ended) == (100 + 20 + 200 + 120) / 2
-    assert listing.seconds_left(running) == 100, "the longest run takes its time"
-    assert listing.seconds_left(queued + ended) is None, "nothing runs"
-    assert listing.seconds_left([run_of("running")]) is None, "nothing is known"
+    assert overview.seconds_left(running + queued + ended) == (100 + 20 + 200 + 120) / 2
+    assert overview.seconds_left(running) == 100, "the longest run takes its time"
+    assert overview.seconds_left(queued + ended) is None, "nothing runs"
+    assert overview.seconds_left([run_of("running")]) is None, "nothing is known"
 
 
 # -- failures ---------------------------------------------------------------------------
@@ -560,7 +561,8 @@ def test_a_thousand_runs_need_one_look_at_each_file_one_squeue_and_no_torch(tmp_
     assert len((tmp_path / "grid" / "bin" / "calls").read_text().split("\n")[:-1]) == measured["started"] == 1
     assert measured["opened"] <= 8 * len(made) + 20
     own = {name.partition(".")[0] for name in measured["modules"]} - sys.stdlib_module_names
-    assert own <= {"__main__", "experiments", "slurm", "_distutils_hack", "sitecustomize", "usercustomize"}
+    started = {"__main__", "_distutils_hack", "sitecustomize", "usercustomize"}
+    assert own <= started | {"runfolder", "slurm"}
     assert "experiments.config" not in measured["modules"]
 
 
@@ -865,7 +867,7 @@ def test_a_refused_scancel_can_be_repeated(runs, slurm, call):
 
 
 def test_cancel_by_state_or_all(runs, slurm, call):
-    made = {state: make(runs, state, state) for state in STATES}
+    made = {state: make(runs, state, state) for state in State}
     assert call("cancel", "--state", "failed,missing")[0] == 0
     marked = {state for state, folder in made.items() if (folder / "cancelled").exists()}
     assert marked == {"failed", "missing", "cancelled"}
@@ -940,7 +942,7 @@ def old(index=9):
 
 
 def test_retry_takes_what_nobody_trains(runs, slurm, call, launched):
-    for state in STATES:
+    for state in State:
         make(runs, state, state, claim=None if state == "queued" else old())
     assert call("retry")[0] == 0
     assert launched.calls == [["cancelled", "failed", "missing", "resumable"]]
@@ -948,7 +950,7 @@ def test_retry_takes_what_nobody_trains(runs, slurm, call, launched):
     assert launched.left == []
     assert [path.parent.name for path in runs.glob("demo/*/result.json")] == ["finished"]
     states = {run["run"]: run["state"] for run in json.loads(call("--json")[1])["runs"]}
-    assert states == {state: state for state in STATES} | {"failed": "resumable", "cancelled": "resumable"}
+    assert states == {state: state for state in State} | {"failed": "resumable", "cancelled": "resumable"}
 
 
 def test_retry_with_a_changed_profile(runs, slurm, call, launched):
@@ -960,7 +962,7 @@ def test_retry_with_a_changed_profile(runs, slurm, call, launched):
 
 
 def test_retry_of_some(runs, slurm, call, launched):
-    for state in STATES:
+    for state in State:
         make(runs, state, state, claim=None if state == "queued" else old())
     launched.then = lambda: 1
     assert call("retry", "--state", "failed,missing")[0] == 1, "the launcher's own exit code"

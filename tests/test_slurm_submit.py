@@ -17,11 +17,12 @@ import pytest
 import yaml
 from PIL import Image
 
-from experiments import cli
-from experiments.training.files import read_json
-from experiments.training.lease import is_dead
-from experiments.training.state import newest, state_of
+from runfolder.files import read_json
+from runfolder.folder import RunFolder
+from runfolder.process import is_dead
+from runfolder.states import state_of
 from slurm import ledger
+from slurm.command import main
 from tests.slurm_cluster import cluster, make_cluster, needs_slurm  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
@@ -117,7 +118,7 @@ def attempts(folder: Path) -> list[dict]:
 
 
 def trained_here(runs: Path, *words: str) -> None:
-    assert cli.main("quickstart", "", "quickstart", [*TINY, *words, f"runtime.runs={runs}"]) == 0
+    assert main("quickstart", "", "quickstart", [*TINY, *words, f"runtime.runs={runs}"]) == 0
 
 
 def table(login: Login, runs: Path) -> str:
@@ -241,7 +242,7 @@ def read_config(folder: Path) -> dict:
 @contextmanager
 def mounted(folder: Path, *words: str):
     """A file system of the test's own."""
-    folder.mkdir(exist_ok=True)
+    Path(folder).mkdir(exist_ok=True)
     done = subprocess.run(["mount", *words, str(folder)], capture_output=True, text=True)
     if done.returncode:
         pytest.skip(f"no right to mount: {done.stderr.strip()}")
@@ -270,7 +271,7 @@ def test_a_full_disk_is_a_failure_that_retry_cures(login, tmp_path):
         said = read_json(folder / "failure.json")
         assert said["kind"] == "disk"
         assert "No space left on device" in said["reason"]
-        saved = newest(folder / "checkpoints")
+        saved = folder.newest_checkpoint()
         assert saved is not None
         subprocess.run(["mount", "-o", "remount,size=128m", str(small)], check=True)
         login.status("retry", "--runs", str(small))
@@ -370,7 +371,7 @@ def test_data_are_copied_to_a_node_once(login, tmp_path):
 def test_what_runs_is_what_was_submitted(login, tmp_path):
     """The checkout is edited and then gone before the job starts."""
     checkout = tmp_path / "checkout"
-    for name in ("tract", "experiments", "slurm", "analysis"):
+    for name in ("runfolder", "tract", "experiments", "slurm", "analysis"):
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     login.submit(*ONE, HELD, root=checkout)
     (checkout / "experiments" / "training" / "run.py").write_text("raise SystemExit('edited')")
@@ -411,7 +412,7 @@ def test_without_a_scheduler_runs_go_on_here(tmp_path):
         (long / "cancelled").touch()
         wait_until(lambda: is_dead(worker), "the supervisor to end")
     assert state_of(long) == "cancelled"
-    assert newest(long / "checkpoints") is not None
+    assert long.newest_checkpoint() is not None
     assert [len(ledger.attempts(folder)) for folder in (short, long)] == [1, 1]
 
 
@@ -443,7 +444,7 @@ srun -N1 -n1 --exact -c1 {run} seed=3
     found = {read_config(folder)["seed"]: folder for folder in (login.runs / "quickstart").glob("digits*")}
     sizes = {seed: [attempt["world_size"] for attempt in attempts(folder)] for seed, folder in found.items()}
     assert sizes == {0: [2], 1: [2], 2: [2], 3: [1]}, said
-    assert all(state_of(folder) == "finished" for folder in found.values())
+    assert all(state_of(RunFolder(folder)) == "finished" for folder in found.values())
     assert said.count("finished: ") == 4  # of each run one rank speaks
     trained_here(tmp_path / "here", *ONE[:2], "seed=3")
     (here,) = (tmp_path / "here" / "quickstart").iterdir()

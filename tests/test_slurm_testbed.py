@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import UserError
+from runfolder.errors import UserError
 from slurm import testbed
 from slurm.testbed import ClusterError, MissingSlurmError, Testbed
 from tests.slurm_cluster import cluster, make_cluster, needs_slurm  # noqa: F401

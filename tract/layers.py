@@ -33,7 +33,6 @@ from tract.ops import (
     PreconditionDual,
     PreconditionWeight,
     damped_solve_op,
-    geometry_arguments,
     mean_moment_op,
     second_moment_op,
 )
@@ -59,10 +58,7 @@ class TrActLayer(nn.Module):
     label: str
 
     def _configure(self, lambda_: float | None, l: float | None, statistics: Statistics) -> None:  # noqa: E741
-        self.lambda_ = _resolve_lambda(lambda_, l)
-        if statistics not in ("global", "local"):
-            raise ValueError(f'expected statistics="global" or "local", got {statistics!r}.')
-        self.statistics = statistics
+        self.lambda_, self.statistics = checked_options(lambda_, l, statistics)
         self.label = type(self).__name__
         # X^T X and b over the micro-batches of one optimizer step, inside `accumulate`.
         self._total: Tensor | None = None
@@ -82,15 +78,15 @@ class TrActLayer(nn.Module):
             return self._plain_forward(x, weight, self.bias)
         everywhere = self.statistics == "global" and world_size() > 1
         rows = geometry.count_rows(x)
-        arguments = geometry_arguments(geometry)
+        numbers = geometry.numbers()
         if self._total is not None:
-            self._total.add_(second_moment_op(x.detach(), *arguments))
+            self._total.add_(second_moment_op(x.detach(), numbers))
             self._rows.add_(rows)
         elif 0 < rows < geometry.row_length and not everywhere:
             output = self._plain_forward(x, weight.detach(), self.bias)
-            return PreconditionDual.apply(output, weight, x.detach(), arguments, self.lambda_, self.label)
+            return PreconditionDual.apply(output, weight, x.detach(), numbers, self.lambda_, self.label)
         else:
-            total = second_moment_op(x.detach(), *arguments)
+            total = second_moment_op(x.detach(), numbers)
             moment = mean_moment_op(total, total.new_full((1,), rows), everywhere, self.label)
             weight = PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
         return FirstDerivativeOnly.apply(self._plain_forward(x, weight, self.bias))
@@ -297,7 +293,12 @@ def _require_wrappable(layer: nn.Module) -> None:
         )
 
 
-def _resolve_lambda(lambda_: float | None, l: float | None) -> float:  # noqa: E741
+def checked_options(lambda_: float | None, l: float | None, statistics: Statistics) -> tuple[float, Statistics]:  # noqa: E741
+    """The damping under either name, or the default, and the statistics.
+
+    Raises:
+        TypeError, ValueError: what was expected and what came.
+    """
     if lambda_ is not None and l is not None:
         raise ValueError("lambda_ and l mean the same; give one of them.")
     value = next((v for v in (lambda_, l) if v is not None), DEFAULT_LAMBDA)
@@ -305,7 +306,9 @@ def _resolve_lambda(lambda_: float | None, l: float | None) -> float:  # noqa: E
         raise TypeError(f"expected a number for lambda_, got {value!r}; the paper uses 0.05, 0.1 or 0.2.")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected lambda_ > 0 and finite, got {value}; the paper uses 0.05, 0.1 or 0.2.")
-    return float(value)
+    if statistics not in ("global", "local"):
+        raise ValueError(f'expected statistics="global" or "local", got {statistics!r}.')
+    return float(value), statistics
 
 
 def _padding_pairs(padding, kernel, dilation) -> tuple[tuple[int, int], ...]:

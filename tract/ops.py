@@ -20,52 +20,16 @@ _SECOND_DERIVATIVE = (
 )
 
 
-def _geometry(
-    channels: int,
-    kernel: list[int],
-    stride: list[int],
-    dilation: list[int],
-    padding: list[int],
-    padding_mode: str,
-    groups: int,
-) -> Geometry:
-    pairs = tuple(zip(padding[::2], padding[1::2], strict=True))
-    return Geometry(channels, tuple(kernel), tuple(stride), tuple(dilation), pairs, padding_mode, groups)
-
-
-def geometry_arguments(geometry: Geometry) -> tuple:
-    """A geometry as the plain arguments that an operator can take."""
-    flat = [size for pair in geometry.padding for size in pair]
-    return (
-        geometry.channels,
-        list(geometry.kernel),
-        list(geometry.stride),
-        list(geometry.dilation),
-        flat,
-        geometry.padding_mode,
-        geometry.groups,
-    )
-
-
 @torch.library.custom_op("tract::second_moment", mutates_args=())
-def second_moment_op(
-    x: Tensor,
-    channels: int,
-    kernel: list[int],
-    stride: list[int],
-    dilation: list[int],
-    padding: list[int],
-    padding_mode: str,
-    groups: int,
-) -> Tensor:
-    """X^T X of one input, shape (g, n, n), float64."""
-    return second_moment(x, _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups))
+def second_moment_op(x: Tensor, geometry: list[int]) -> Tensor:
+    """X^T X of one input, shape (g, n, n), float64; ``geometry`` as :meth:`Geometry.numbers`."""
+    return second_moment(x, Geometry.of(geometry))
 
 
 @second_moment_op.register_fake
-def _(x, channels, kernel, stride, dilation, padding, padding_mode, groups):
-    n = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups).row_length
-    return x.new_empty((groups, n, n), dtype=torch.float64)
+def _(x, geometry):
+    rows = Geometry.of(geometry)
+    return x.new_empty((rows.groups, rows.row_length, rows.row_length), dtype=torch.float64)
 
 
 @torch.library.custom_op("tract::mean_moment", mutates_args=())
@@ -96,33 +60,21 @@ def _(gradient, moment, damping, layer):
 
 
 @torch.library.custom_op("tract::damped_solve_dual", mutates_args=())
-def damped_solve_dual_op(
-    output_gradient: Tensor,
-    x: Tensor,
-    channels: int,
-    kernel: list[int],
-    stride: list[int],
-    dilation: list[int],
-    padding: list[int],
-    padding_mode: str,
-    groups: int,
-    damping: float,
-    layer: str,
-) -> Tensor:
+def damped_solve_dual_op(output_gradient: Tensor, x: Tensor, geometry: list[int], damping: float, layer: str) -> Tensor:
     """D (X X^T / b + lambda I)^-1 X, shape (g, m, n), float64, from an output's gradient D."""
-    geometry = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups)
-    rows = unfold(x, geometry)
+    how = Geometry.of(geometry)
+    rows = unfold(x, how)
     require(torch.isfinite(rows.sum()), _non_finite(layer))
-    product, succeeded = damped_solve_dual(output_columns(output_gradient, geometry), rows, damping)
+    product, succeeded = damped_solve_dual(output_columns(output_gradient, how), rows, damping)
     require(succeeded, _not_factorised(layer, damping))
     return product.contiguous()
 
 
 @damped_solve_dual_op.register_fake
-def _(output_gradient, x, channels, kernel, stride, dilation, padding, padding_mode, groups, damping, layer):
-    geometry = _geometry(channels, kernel, stride, dilation, padding, padding_mode, groups)
-    outputs = output_gradient.shape[-1 - len(kernel)]
-    return output_gradient.new_empty((groups, outputs // groups, geometry.row_length), dtype=torch.float64)
+def _(output_gradient, x, geometry, damping, layer):
+    how = Geometry.of(geometry)
+    outputs = output_gradient.shape[-1 - len(how.kernel)]
+    return output_gradient.new_empty((how.groups, outputs // how.groups, how.row_length), dtype=torch.float64)
 
 
 def _no_second_derivative(ctx, *gradients):
@@ -219,7 +171,7 @@ class PreconditionDual(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(output: Tensor, weight: Tensor, x: Tensor, geometry: tuple, damping: float, layer: str) -> Tensor:
+    def forward(output: Tensor, weight: Tensor, x: Tensor, geometry: list[int], damping: float, layer: str) -> Tensor:
         """The output itself."""
         return output
 
@@ -236,5 +188,5 @@ class PreconditionDual(torch.autograd.Function):
         """The output's gradient as it is, and the weight gradient."""
         gradient = _first_derivative(gradient)
         (x,) = ctx.saved_tensors
-        product = damped_solve_dual_op(gradient, x, *ctx.geometry, ctx.damping, ctx.layer)
+        product = damped_solve_dual_op(gradient, x, ctx.geometry, ctx.damping, ctx.layer)
         return gradient, product.to(ctx.weight_dtype).reshape(ctx.weight_shape), None, None, None, None

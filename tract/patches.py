@@ -104,8 +104,11 @@ def surround_embedding(model: nn.Module, layer: str | None, affine: bool, after:
         The layer's name.
 
     Raises:
-        TypeError, ValueError: no such layer, or it is no patch embedding.
+        TypeError, ValueError: no such layer, it is no patch embedding, or patches are normalised already.
     """
+    for name, module in model.named_modules():
+        if isinstance(module, PatchNormalisation):
+            raise ValueError(f"expected a model without normalised patches, got {name!r} already; use one such method.")
     name, embedding = find_layer(model, layer)
     parts = OrderedDict(before=PatchNormalisation(embedding, affine), embedding=embedding)
     if after:

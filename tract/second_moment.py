@@ -12,7 +12,7 @@ without spatial dimensions.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 # Elements of the float64 work buffer: 32 MiB on the CPU, 256 MiB elsewhere.
 _BUFFER_ELEMENTS = {"cpu": 2**22}
 _BUFFER_ELEMENTS_ACCELERATOR = 2**25
+_PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,21 @@ class Geometry:
     padding: tuple[tuple[int, int], ...] = ()
     padding_mode: str = "zeros"
     groups: int = 1
+
+    def numbers(self) -> list[int]:
+        """The same as whole numbers, which is what a custom operator can take; see :meth:`of`."""
+        sizes = (self.kernel, self.stride, self.dilation, *self.padding)
+        mode = _PADDING_MODES.index(self.padding_mode)
+        return [self.channels, self.groups, mode, *(number for size in sizes for number in size)]
+
+    @staticmethod
+    def of(numbers: Sequence[int]) -> Geometry:
+        """The geometry of these :meth:`numbers`."""
+        channels, groups, mode, *rest = numbers
+        d = len(rest) // 5
+        sizes = (tuple(rest[i * d : (i + 1) * d]) for i in range(3))
+        padding = tuple(zip(rest[3 * d :: 2], rest[3 * d + 1 :: 2], strict=True))
+        return Geometry(channels, *sizes, padding, _PADDING_MODES[mode], groups)
 
     @property
     def row_length(self) -> int:

@@ -145,11 +145,11 @@ function attemptOf(pairs, index) {
 const SIZE = { width: 380, height: 220, left: 56, right: 12, top: 10, bottom: 40 };
 
 function chartsOf(runs) {
-  const tags = [...new Set(runs.flatMap((run) => Object.keys(run.curves)))];
-  tags.sort((a, b) => a.startsWith("train/") - b.startsWith("train/"));
+  const axes = new Map(runs.flatMap((run) => Object.entries(run.curves)).map(([tag, curve]) => [tag, curve.axis]));
+  const tags = [...axes.keys()].sort((a, b) => axes.get(a).localeCompare(axes.get(b))); // epochs before steps
   return tags.map((tag) => {
     const lines = runs.map((run, index) => ({ run, index, curve: run.curves[tag] })).filter((line) => line.curve);
-    return chartOf(tag, lines.map((line) => ({ ...line, points: pointsOf(line.curve) })));
+    return chartOf(tag, axes.get(tag), lines.map((line) => ({ ...line, points: pointsOf(line.curve) })));
   });
 }
 
@@ -159,8 +159,7 @@ function pointsOf(curve) {
   return curve.y.map((value, i) => [(step += curve.x[i]), value]);
 }
 
-function chartOf(tag, lines) {
-  const unit = tag.startsWith("train/") ? "step" : "epoch";
+function chartOf(tag, unit, lines) {
   const drawn = lines.filter((line) => line.points.length);
   const [x, y] = [0, 1].map((axis) => scaleOf(drawn.flatMap((line) => line.points.map((point) => point[axis])), axis));
   const svg = draw("svg", { viewBox: `0 0 ${SIZE.width} ${SIZE.height}`, role: "img", "aria-label": words(tag, drawn, unit) });

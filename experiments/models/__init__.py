@@ -12,7 +12,7 @@ import torch.nn as nn
 import yaml
 from hydra.utils import get_object
 
-from experiments.errors import UserError, nearest
+from runfolder.errors import UserError, nearest
 
 _CONF = Path(__file__).parents[1] / "conf" / "model"
 

@@ -40,10 +40,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from experiments.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED, RunBusyError, UserError
-from experiments.training.files import TEMPORARY, read_json, remove_leftovers, write_atomically, write_json
-from experiments.training.listing import Listing, list_folder, list_images
-from experiments.training.shards import FIELDS, INDEX, SPLITS, read_about, write_index
+from experiments.data.listing import Listing, list_folder, list_images
+from experiments.data.shards import FIELDS, INDEX, SPLITS, read_about, write_index
+from runfolder.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED, RunBusyError, UserError
+from runfolder.files import TEMPORARY, read_json, remove_leftovers, write_atomically, write_json
 
 _BLOCK = tarfile.BLOCKSIZE
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from experiments.training.files import remove_leftovers, write_atomically
-from experiments.training.state import newest_first
+from runfolder.files import remove_leftovers, write_atomically
+from runfolder.folder import newest_first
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 

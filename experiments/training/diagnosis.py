@@ -1,4 +1,4 @@
-"""Which kind of failure an exception is; the kinds are listed in ``failures.py``."""
+"""Which kind of failure an exception is, and its record in the run folder."""
 
 from __future__ import annotations
 
@@ -6,13 +6,18 @@ import errno
 import re
 import time
 import traceback
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 
-from experiments.errors import TrainingFailedError, UserError
-from experiments.training.failures import LINES, record
-from experiments.training.files import read_json
+from experiments.training.held import HeldFolder
+from experiments.training.stop import StoppedError
+from runfolder.errors import RunBusyError, TrainingFailedError, UserError
+from runfolder.failures import TRACEBACK_LINES, FailureKind, record
+from runfolder.files import read_json
+from runfolder.folder import RunFolder
+from runfolder.place import place_of_this_rank
 from tract import NonFiniteError
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
@@ -31,43 +36,62 @@ _NODE = re.compile(
 )
 
 
-def kind_of(error: BaseException) -> str:
+def kind_of(error: BaseException) -> FailureKind:
     """The kind of failure that an exception is."""
     text = str(error)
     if isinstance(error, TrainingFailedError | NonFiniteError):
-        return "non-finite"
+        return FailureKind.non_finite
     if isinstance(error, UserError):
         return error.kind
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
-        return "out-of-memory"
+        return FailureKind.out_of_memory
     if isinstance(error, OSError) and error.errno in (*_DISK, *_FAULTS):
-        return "disk" if error.errno in _DISK else "node"
+        return FailureKind.disk if error.errno in _DISK else FailureKind.node
     if isinstance(error, RuntimeError | ConnectionError):
         if _NODE.search(text):
-            return "node"
+            return FailureKind.node
         if isinstance(error, torch.distributed.DistError) or _PEER.search(text):
-            return "peer"
-    return "code"
+            return FailureKind.peer
+    return FailureKind.code
 
 
-def record_error(folder: Path, error: BaseException, first: bool = True) -> None:
+@contextmanager
+def failure_recorded(held: HeldFolder) -> Iterator[None]:
+    """Errors end in ``failure.json``, which says why the run failed until it is started again.
+
+    Args:
+        held: the run folder; nothing is written into one that another process has.
+    """
+    try:
+        yield
+    except (StoppedError, RunBusyError):
+        raise
+    except Exception as error:
+        if held.folder.path.is_dir() and held.may_write():
+            with suppress(OSError):
+                record_error(held.folder, error, first=place_of_this_rank()[0] == 0)
+        if isinstance(error, NonFiniteError):
+            raise TrainingFailedError(str(error)) from error
+        raise
+
+
+def record_error(folder: RunFolder, error: BaseException, first: bool = True) -> None:
     """Write ``failure.json`` for an exception; what another rank has said of itself stays.
 
     Of ranks that merely lost their peers only the first one writes, after giving them a moment.
     """
-    kind, path = kind_of(error), folder / "failure.json"
-    if kind == "peer":
+    kind = kind_of(error)
+    if kind == FailureKind.peer:
         if not first:
             return
         end = time.monotonic() + 2.0
-        while time.monotonic() < end and not path.exists():
+        while time.monotonic() < end and not folder.failure.exists():
             time.sleep(0.1)
-    if read_json(path).get("kind", "peer") != "peer":
+    if read_json(folder.failure).get("kind", FailureKind.peer) != FailureKind.peer:
         return
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    lines = None
-    if kind not in ("non-finite", "data", "disk", "input"):
-        text = "".join(traceback.format_exception(error))
-        lines = text.rstrip().splitlines()[-LINES:]
-        reason = f"{type(error).__name__}: {reason}"
-    record(folder, kind, reason, lines)
+    if kind.explains_itself:
+        record(folder, kind, reason)
+        return
+    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()[-TRACEBACK_LINES:]
+    record(folder, kind, f"{type(error).__name__}: {reason}", lines)

@@ -12,17 +12,18 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from experiments.training.files import write_atomically
-from experiments.training.lease import SupersededError
+from runfolder.errors import SupersededError
+from runfolder.files import write_atomically
+from runfolder.folder import RunFolder
+from runfolder.naming import hyper_parameters
 
 _SECONDS_BETWEEN_FLUSHES = 10.0
-_EVENTS = "events.out.tfevents.*"
 
 
 class RunLog:
@@ -30,23 +31,13 @@ class RunLog:
 
     Args:
         folder: the run folder, or None to write nothing.
-        sizes: {event file name: bytes to keep} of the checkpoint that is resumed; {} at a start.
-        hyper_parameters: flat values for TensorBoard's HParams page, written at a start.
-        headline: tag of the number that this page shows.
         guard: called before points go to disk; raises SupersededError where another process
             has taken the run.
     """
 
-    def __init__(
-        self,
-        folder: Path | None,
-        sizes: dict[str, int],
-        hyper_parameters: dict,
-        headline: str,
-        guard: Callable[[], None] | None = None,
-    ):
-        self._folder, self._writer = folder, None
-        self.guard = guard or (lambda: None)
+    def __init__(self, folder: RunFolder | None = None, guard: Callable[[], None] = lambda: None):
+        self._folder, self.guard = folder, guard
+        self._writer: SummaryWriter | None = None
         self._waiting: list[tuple[str, float, int, float]] = []
         self._flushed = time.monotonic()
         self._logger = logging.getLogger("experiments.run")
@@ -55,19 +46,30 @@ class RunLog:
         self._handlers: list[logging.Handler] = []
         if folder is None:
             return
-        self.guard()
-        cut_events(folder, sizes)
-        self._writer = SummaryWriter(str(folder))
-        if not sizes:
-            for summary in hparams(hyper_parameters, {headline: 0.0}):
-                self._writer.file_writer.add_summary(summary)
-        self._handlers = [logging.FileHandler(folder / "log.txt"), _BesideTheBar()]
+        self._handlers = [logging.FileHandler(folder.log), _BesideTheBar()]
         for handler in self._handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             self._logger.addHandler(handler)
 
+    def begin(self, sizes: dict[str, int], config: dict[str, Any], primary_metric: str) -> None:
+        """Open the event files; points can be written from here on.
+
+        Args:
+            sizes: {event file name: bytes to keep} of the checkpoint that is resumed; {} at a start.
+            config: written for TensorBoard's HParams page at a start.
+            primary_metric: the tag that this page shows.
+        """
+        if self._folder is None:
+            return
+        self.guard()
+        cut_events(self._folder, sizes)
+        self._writer = SummaryWriter(str(self._folder))
+        if not sizes:
+            for summary in hparams(hyper_parameters(config), {primary_metric: 0.0}):
+                self._writer.file_writer.add_summary(summary)
+
     def scalar(self, tag: str, value: float, x: int) -> None:
-        """One point; x is the optimizer step for train/*, else the epoch (from 1)."""
+        """One point; what x counts, :mod:`runfolder.tags` says."""
         if self._writer is not None:
             self._waiting.append((tag, value, x, time.time()))
             if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
@@ -82,7 +84,7 @@ class RunLog:
         """Bring all points to disk (after ``guard``); the length of every event file."""
         self._write()
         sizes = {}
-        for path in sorted(self._folder.glob(_EVENTS)):
+        for path in self._folder.events:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
@@ -113,9 +115,9 @@ class RunLog:
         self._writer.flush()
 
 
-def cut_events(folder: Path, sizes: dict[str, int]) -> None:
+def cut_events(folder: RunFolder, sizes: dict[str, int]) -> None:
     """Cut event files back to these lengths; delete files that are not named."""
-    for path in folder.glob(_EVENTS):
+    for path in folder.events:
         if path.name not in sizes:
             path.unlink()
         elif path.stat().st_size > sizes[path.name]:
@@ -123,7 +125,7 @@ def cut_events(folder: Path, sizes: dict[str, int]) -> None:
                 write_atomically(path, file.read(sizes[path.name]))
 
 
-def lost_events(folder: Path, sizes: dict[str, int]) -> str | None:
+def lost_events(folder: RunFolder, sizes: dict[str, int]) -> str | None:
     """Why event files cannot be cut back to these lengths: one is missing or too short."""
     for name, size in sizes.items():
         path = folder / name

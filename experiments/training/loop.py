@@ -14,27 +14,21 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from experiments.config import Config, Precision
-from experiments.errors import TrainingFailedError
-from experiments.training.data import Batch, Batches
-from experiments.training.lease import SupersededError
+from experiments.data.batches import Batches
+from experiments.randomness import seed_torch
+from experiments.ranks import Ranks
+from experiments.tasks.base import Batch, Task
 from experiments.training.log import RunLog
+from experiments.training.network import Network
 from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
-from experiments.training.parallel import Ranks
-from experiments.training.randomness import seed_torch
-from experiments.training.stop import StopRequest, Wish
-from experiments.training.task import Task
+from experiments.training.stop import StoppedError, StopRequest, Wish
+from runfolder.errors import SupersededError, TrainingFailedError
 from tract.methods.base import Method
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
-
-
-class StoppedError(Exception):
-    """Training stopped at a safe point and can be continued; the message says why."""
 
 
 @dataclass
@@ -88,19 +82,12 @@ class Trainer:
         self.progress = Progress()
         self.total_steps = total_steps(config, batches.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
-        self.ema = None
-        if config.ema_decay is not None:
-            self.ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+        self.network = Network(config, model, method, optimizer, ranks)
         self._window = torch.zeros(2 + len(self.task.measures), dtype=torch.float64, device=self.device)
         self._bad_step = torch.tensor(-1, device=self.device)
-        self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
-        self._network = model
-        if ranks.size > 1:
-            on = [self.device] if self.device.type == "cuda" else None
-            skips = any(getattr(module, "skips_parameters", False) for module in model.modules())
-            self._network = DistributedDataParallel(model, device_ids=on, find_unused_parameters=skips)
-        if config.compile:
-            self._network = torch.compile(self._network)
+        self._bar = tqdm(disable=True)
+        self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
+        self._speed_images = self._speed_steps = 0
 
     # -- state ------------------------------------------------------------------------
 
@@ -114,22 +101,31 @@ class Trainer:
         return {
             "progress": dict(vars(self.progress)),
             "model": self.model.state_dict(),
+            "frozen": self._frozen(),
             "optimizer": state_by_name(self.optimizer, self.model),
             "scaler": self.scaler.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "ema": None if self.network.average is None else self.network.average.state_dict(),
             "events": self.log.sizes(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a state; call on all ranks, after ``method.match``."""
+        if state["frozen"] != self._frozen():
+            raise ValueError(
+                f"expected the method's match to freeze what was frozen ({', '.join(state['frozen']) or 'nothing'}), "
+                f"got {', '.join(self._frozen()) or 'nothing'}."
+            )
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         load_state_by_name(self.optimizer, self.model, state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        if self.network.average is not None:
+            self.network.average.load_state_dict(state["ema"])
         if self.ranks.first:
             self._window.copy_(torch.tensor(self.progress.window, dtype=torch.float64))
+
+    def _frozen(self) -> list[str]:
+        return [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
 
     # -- running ----------------------------------------------------------------------
 
@@ -171,17 +167,19 @@ class Trainer:
         self.model.train()
         self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
         for index, batch in zip(range(first, last), self.batches.train(epoch, first), strict=False):
-            self._step(batch, self.batches.global_count(index))
-            self._after_step(at_end=index == last - 1)
+            self.step(batch, self.batches.global_count(index))
+            self.after_step(at_end=index == last - 1)
 
-    def _step(self, batch: Batch, global_count: int) -> None:
+    def step(self, batch: Batch, global_count: int) -> None:
+        """One optimizer step on this rank's share of a batch of so many images over all ranks."""
         step, config = self.progress.step, self.config
-        batch = self.task.prepared(batch, step)
+        shares = self.batches.shares(global_count)
+        batch = self.task.prepared(batch, step, shares[self.ranks.rank].groups)
         seed_torch(config.seed, "step", step, self.ranks.rank)
         set_learning_rate(self.optimizer, self.factor(step))
         self.method.before_step(self.model, step)
         self.optimizer.zero_grad(set_to_none=True)
-        parts = self._parts(global_count)
+        parts = self._parts([len(share.places) for share in shares])
         with self.method.accumulating(self.model) if parts > 1 else nullcontext():
             self._backward(batch, global_count, parts)
         self._add_penalty()
@@ -190,29 +188,26 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.method.after_step(self.model, self.optimizer, step)
-        if self.ema is not None:
-            self.ema.update_parameters(self.model)
+        self.network.after_step(step)
         self._speed_images += global_count
         self._speed_steps += 1
 
-    def _parts(self, global_count: int) -> int:
-        """Micro-batches of a batch: equally many on every rank, none of them empty."""
-        smallest, largest = global_count // self.ranks.size, math.ceil(global_count / self.ranks.size)
-        return min(max(1, smallest), math.ceil(largest / (self.config.micro_batch or largest)))
+    def _parts(self, sizes: list[int]) -> int:
+        """Micro-batches of the ranks' shares of these sizes: equally many on every rank, none of them empty."""
+        return min(min(sizes), math.ceil(max(sizes) / (self.config.micro_batch or max(sizes))))
 
     def _backward(self, batch: Batch, global_count: int, parts: int) -> None:
         """Gradients of the mean loss over the global batch."""
         for number, part in enumerate(self.task.split(batch, parts)):
             together = number == parts - 1  # ranks exchange gradients in the last part only
-            with nullcontext() if together or self.ranks.size == 1 else self._network.no_sync(), self._autocast():
+            with nullcontext() if together or self.ranks.size == 1 else self.network.call.no_sync(), self._autocast():
                 total, measures = self.task.loss(self._forward, part)
                 loss = total * (self.ranks.size / global_count)
             self.scaler.scale(loss).backward()
             self._note(total.detach(), measures, len(part[0]))
 
     def _forward(self, images: Any, *others: Any) -> Any:
-        return self._network(self._in_format(images), *others)
+        return self.network.call(self._in_format(images), *others)
 
     def _add_penalty(self) -> None:
         """The penalty's own gradient, the same on every rank, added once to the finished gradients."""
@@ -230,7 +225,8 @@ class Trainer:
         is_first_bad = ~torch.isfinite(total) & (self._bad_step < 0)
         self._bad_step = torch.where(is_first_bad, self.progress.step, self._bad_step)
 
-    def _after_step(self, at_end: bool) -> None:
+    def after_step(self, at_end: bool) -> None:
+        """What follows each step: count it, log (always ``at_end`` of an epoch), save, heed requests to stop."""
         progress, runtime = self.progress, self.config.runtime
         progress.step += 1
         self._bar.update()
@@ -278,9 +274,10 @@ class Trainer:
     def _require_finite(self) -> None:
         bad = self.ranks.highest(int(self._bad_step))
         if bad >= 0:
+            cures = ["lower optim.lr", "use precision=bf16 instead of fp16", *self.method.advice]
             raise TrainingFailedError(
-                f"train/loss is not finite in step {bad + 1}; the last checkpoint is from before. "
-                "Lower optim.lr, use precision=bf16 instead of fp16, or raise method.lambda_ if the method has it."
+                f"train/loss is not finite in step {bad + 1}; the last checkpoint is from before. What may help: "
+                f"{', '.join(cures[:-1])} or {cures[-1]}."
             )
 
     def _require_finite_weights(self) -> None:
@@ -321,25 +318,25 @@ class Trainer:
         metrics = {}
         # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
         self.ranks.share(self.model.buffers())
-        if self.ema is not None:
-            self.ranks.share(self.ema.module.buffers())
+        if self.network.average is not None:
+            self.ranks.share(self.network.average.module.buffers())
         self.model.eval()
-        for name, predictor in self._views():  # stopped in between, the whole evaluation is repeated
+        for name, predictor in self._evaluated():  # stopped in between, the whole evaluation is repeated
             result = self.task.evaluate(predictor, self.batches.test(), self.ranks, self._heed)
             metrics |= {f"{name}/{key}": value for key, value in result.items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds()
         self._record(metrics, speed)
 
-    def _views(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-        yield from ((name, self._predictor(view)) for name, view in self.method.views(self.model))
-        if self.ema is not None:
-            yield "ema", self._predictor(self.ema.module.eval())
+    def _evaluated(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
+        yield from ((name, self._in_use(predictor)) for name, predictor in self.method.evaluated(self.model))
+        if self.network.average is not None:
+            yield "ema", self._in_use(self.network.average.module.eval())
 
-    def _predictor(self, view: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def _in_use(self, predictor: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def predict(images: Any) -> Any:
             with self._autocast():
-                return view(self._in_format(images))
+                return predictor(self._in_format(images))
 
         return predict
 

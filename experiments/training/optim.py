@@ -1,8 +1,8 @@
-"""Optimizers, with their state stored by parameter name.
+"""Optimizers, with their groups and state stored by parameter name.
 
-A method may replace or reshape parameters while it trains; a name stays true where a
-position does not. What an optimizer keeps per parameter group (timm's LAMB: the step) is
-stored with each parameter of the group.
+A method may replace, add and remove parameters while it trains; a name stays true where a
+position does not. Groups are stored too, since a parameter that was added belongs to the one
+that the method chose.
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ from experiments.config import options_of
 from tract.methods.base import Method
 
 _WITHOUT_DECAY = ("pos_embed", "cls_token")
-_OF_GROUP = "group/"  # marks entries that belong to a parameter's group
 
 
 def build_optimizer(
-    node: dict[str, Any], method: Method, model: nn.Module, decay_matrices_only: bool = False
+    node: dict[str, Any], method: Method, model: nn.Module, decay_matrices_only: bool = False, bias_lr: float = 1.0
 ) -> torch.optim.Optimizer:
     """The configured optimizer over the method's parameter groups.
 
@@ -30,26 +29,30 @@ def build_optimizer(
         method: gives the groups.
         model: the network.
         decay_matrices_only: no weight decay for tensors with one dimension, position embeddings and class tokens.
+        bias_lr: the learning rate of biases, as a multiple of their group's.
     """
-    groups = method.param_groups(model)
+    options = options_of(node)
+    groups = [group | {"params": list(group["params"])} for group in method.param_groups(model)]
+    own_name = {parameter: name.rpartition(".")[2] for name, parameter in model.named_parameters()}
     if decay_matrices_only:
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        groups = [part for group in groups for part in _split_by_decay(group, names)]
-    optimizer = get_object(node["_target_"])(groups, **options_of(node))
+        undecayed = {p for p, name in own_name.items() if p.ndim <= 1 or name in _WITHOUT_DECAY}
+        groups = [part for group in groups for part in _split(group, undecayed, weight_decay=0.0)]
+    if bias_lr != 1:
+        biases = {p for p, name in own_name.items() if name == "bias"}
+        groups = [
+            part for group in groups for part in _split(group, biases, lr=bias_lr * group.get("lr", options["lr"]))
+        ]
+    optimizer = get_object(node["_target_"])(groups, **options)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
-    optimizer.options = frozenset(key for group in optimizer.param_groups for key in group)
     return optimizer
 
 
-def _split_by_decay(group: dict[str, Any], names: dict[nn.Parameter, str]) -> list[dict[str, Any]]:
-    def is_decayed(parameter: nn.Parameter) -> bool:
-        return parameter.ndim > 1 and names[parameter].rpartition(".")[2] not in _WITHOUT_DECAY
-
-    decayed = [p for p in group["params"] if is_decayed(p)]
-    others = [p for p in group["params"] if not is_decayed(p)]
-    parts = [group | {"params": decayed}, group | {"params": others, "weight_decay": 0.0}]
-    return [part for part in parts if part["params"]]
+def _split(group: dict[str, Any], apart: set[nn.Parameter], **changes: float) -> list[dict[str, Any]]:
+    """The group without these parameters, and with the changes a group of them; neither is empty."""
+    others = group | {"params": [p for p in group["params"] if p not in apart]}
+    chosen = group | {"params": [p for p in group["params"] if p in apart]} | changes
+    return [part for part in (others, chosen) if part["params"]]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -58,30 +61,23 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["base_lr"] * factor
 
 
-def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict]:
-    """The optimizer's state per parameter, {parameter name: its entries and its group's}."""
-    names, state = {parameter: name for name, parameter in model.named_parameters()}, {}
-    for group in optimizer.param_groups:
-        shared = {f"{_OF_GROUP}{key}": value for key, value in group.items() if key not in optimizer.options}
-        for parameter in group["params"]:
-            entries = dict(optimizer.state[parameter]) if parameter in optimizer.state else {}
-            if entries | shared:
-                state[names[parameter]] = entries | shared
-    return {name: state[name] for name in names.values() if name in state}
+def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """{"state": {parameter name: its entries}, "groups": the groups, with names in place of parameters}."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {name: dict(optimizer.state[p]) for p, name in names.items() if optimizer.state.get(p)}
+    groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    return {"state": state, "groups": groups}
 
 
-def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, dict]) -> None:
-    """Put a state from :func:`state_by_name` into an optimizer of the same parameters."""
+def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
+    """Put a state from :func:`state_by_name` into an optimizer of the same parameters, however it groups them."""
     named = dict(model.named_parameters())
-    positions = {p: i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
-    by_position = {positions[named[name]]: _without_mark(entries, False) for name, entries in state.items()}
-    groups = optimizer.state_dict()["param_groups"]
-    shared = {positions[named[name]]: _without_mark(entries, True) for name, entries in state.items()}
-    groups = [group | (shared.get(group["params"][0]) or {}) for group in groups]
-    optimizer.load_state_dict({"state": {k: v for k, v in by_position.items() if v}, "param_groups": groups})
-
-
-def _without_mark(entries: dict[str, Any], marked: bool) -> dict[str, Any]:
-    """The entries of the group (marked) or of the parameter itself."""
-    chosen = {key: value for key, value in entries.items() if key.startswith(_OF_GROUP) == marked}
-    return {key.removeprefix(_OF_GROUP): value for key, value in chosen.items()}
+    groups = state["groups"]
+    optimizer.param_groups[:] = [group | {"params": [named[name] for name in group["params"]]} for group in groups]
+    positions = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
+    optimizer.load_state_dict(
+        {
+            "state": {positions[name]: entries for name, entries in state["state"].items()},
+            "param_groups": [group | {"params": [positions[name] for name in group["params"]]} for group in groups],
+        }
+    )

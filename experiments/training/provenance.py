@@ -17,9 +17,11 @@ from pathlib import Path
 
 import torch
 
-from experiments.errors import UserError
-from experiments.training.files import write_atomically, write_json
-from experiments.training.place import cpu_name
+from runfolder.errors import UserError
+from runfolder.files import write_atomically, write_json
+from runfolder.folder import RunFolder
+from runfolder.place import cpu_name
+from runfolder.records import Attempt
 
 SNAPSHOT = "snapshot.json"  # in a copy of the code that jobs run from: what it is a copy of
 _ROOT = Path(__file__).parents[2]
@@ -76,7 +78,7 @@ def listed(root: Path, *which: str) -> list[str]:
     return [os.fsdecode(name) for name in git(root, "ls-files", "-z", *which).split(b"\0") if name]
 
 
-def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, data: str) -> int:
+def record_attempt(folder: RunFolder, device: torch.device, ranks: int, step: int, data: str) -> int:
     """Append this attempt to ``provenance.json``; uncommitted changes go into ``diff-<hash>.patch``.
 
     Args:
@@ -89,14 +91,13 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
     Returns:
         How many attempts there were, with this one.
     """
-    path = folder / "provenance.json"
-    attempts = _earlier_attempts(path)
+    attempts = _earlier_attempts(folder.provenance)
     code = code_of(_ROOT)
     patch = None
     if code.patch:
         patch = f"diff-{hashlib.sha256(code.patch).hexdigest()[:8]}.patch"
         write_atomically(folder / patch, code.patch)
-    attempt = {
+    attempt: Attempt = {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         "commit": code.commit,
@@ -109,11 +110,11 @@ def record_attempt(folder: Path, device: torch.device, ranks: int, step: int, da
         "data": data,
         "resumed_from_step": step,
     }
-    write_json(path, {"attempts": [*attempts, attempt]})
+    write_json(folder.provenance, {"attempts": [*attempts, attempt]})
     return len(attempts) + 1
 
 
-def _earlier_attempts(path: Path) -> list[dict]:
+def _earlier_attempts(path: Path) -> list[Attempt]:
     if not path.exists():
         return []
     try:

@@ -85,6 +85,28 @@ class EpochCosine:
 
 
 @dataclass(frozen=True)
+class GradualCosine:
+    """ViT-CIFAR's cosine per epoch: CosineAnnealingLR in ildoonet's GradualWarmupScheduler.
+
+    In epoch e (from 0) the rate is lr e / w for e <= w, all of the first epoch's 0, and then
+    m + (lr - m) (1 + cos(pi (e - w - 1) / E)) / 2; w is ``warmup_epochs``, m ``min_lr``, E the run's
+    epochs. Epochs w and w + 1 have lr, and m is not reached. Rates are absolute.
+    """
+
+    lr: float
+    warmup_epochs: int
+    min_lr: float
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate, which must be ``lr``."""
+        epoch, epochs = step // steps_per_epoch, total_steps / steps_per_epoch
+        if epoch <= self.warmup_epochs:
+            return epoch / self.warmup_epochs if self.warmup_epochs else 1.0
+        progress = (epoch - self.warmup_epochs - 1) / epochs
+        return (self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))) / self.lr
+
+
+@dataclass(frozen=True)
 class Constant:
     """Linear warm-up, then 1."""
 

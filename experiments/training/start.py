@@ -13,10 +13,10 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from experiments.config import Config
-from experiments.errors import UserError
-from experiments.training.folder import folder_of
-from experiments.training.state import TIMM, newest, start_of, state_of
+from experiments.config import Config, folder_of
+from runfolder.errors import UserError
+from runfolder.folder import TIMM
+from runfolder.states import State, state_of
 
 
 def load_start(config: Config, model: nn.Module, report: Callable[[str], None]) -> None:
@@ -63,19 +63,19 @@ def _as_they_are(weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[st
 
 
 def _weights(config: Config) -> tuple[dict[str, Tensor], str]:
-    given, run = config.start_from, start_of(folder_of(config), config.start_from)
+    given, run = config.start_from, folder_of(config).start(config.start_from)
     if given.startswith(TIMM):
         return _of_timm(given.removeprefix(TIMM)), given
     if run is not None:
-        state = state_of(run) if run.is_dir() else "missing"
-        if state != "finished":
+        state = state_of(run) if run.path.is_dir() else State.missing
+        if state != State.finished:
             raise UserError(
                 f"expected a finished run in start_from={run}, got one that is {state}; train it first "
                 "(a grid of both does, and --submit makes the one wait for the other)."
             )
-        path = newest(run / "checkpoints")
+        path = run.newest_checkpoint()
         if path is None:
-            raise UserError(f"expected a checkpoint in {run / 'checkpoints'}, got none; give start_from=FILE.")
+            raise UserError(f"expected a checkpoint in {run.checkpoints}, got none; give start_from=FILE.")
     else:
         path = Path(given).expanduser()
     try:
@@ -102,8 +102,8 @@ def _of_timm(name: str) -> dict[str, Tensor]:
 
 
 def _resampled(embedding: Tensor, own: Tensor) -> Tensor:
-    """A position embedding (1, tokens, width) of patches only, for another grid."""
+    """A position embedding (1, tokens, width) of patches only, for another grid; not antialiased, as in DeiT."""
     from timm.layers import resample_abs_pos_embed
 
     side = round(own.shape[1] ** 0.5)
-    return resample_abs_pos_embed(embedding, [side, side], num_prefix_tokens=0)
+    return resample_abs_pos_embed(embedding, [side, side], num_prefix_tokens=0, antialias=False)

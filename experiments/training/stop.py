@@ -21,6 +21,10 @@ from enum import IntEnum
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
 
 
+class StoppedError(Exception):
+    """Training stopped at a safe point and can be continued; the message says why."""
+
+
 class Wish(IntEnum):
     """What to do at a step boundary; of several ranks' wishes the highest counts."""
 

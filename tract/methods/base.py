@@ -6,7 +6,7 @@ the end of the line: it overrides hooks of this class only.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -22,14 +22,31 @@ class Method:
     Order of calls: ``apply`` once; on resume ``match``; ``param_groups`` when the optimizer
     is made; per optimizer step ``before_step``, then inside ``accumulating`` (with more than
     one micro-batch) the forward and backward passes, then ``penalty``, then the optimizer's
-    own step, then ``after_step``; ``views`` and ``metrics`` at each evaluation.
+    own step, then ``after_step`` and, where that changed the model and a moving average is
+    kept, ``carry_average``; ``evaluated`` and ``metrics`` at each evaluation.
+
+    A method keeps nothing between steps but what the step's number and the model's weights and
+    buffers tell: a resumed run has only these. Several methods are one by
+    :class:`tract.methods.composed.Composed`.
+
+    Attributes:
+        advice: what may help where the loss is not finite, such as "raise lambda_".
     """
+
+    advice: tuple[str, ...] = ()
 
     def apply(self, model: nn.Module) -> str | None:
         """Change the model in place before the optimizer exists; may say what was done."""
 
+    def claims(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Parameters (after ``apply``) whose gradient or shape is this method's business and no other method's."""
+        return ()
+
     def match(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Give the model the shapes of these saved weights, before they are loaded."""
+        """Make the model the one that these weights were saved from, before they are loaded.
+
+        Modules, names, shapes, their order and ``requires_grad``, not the values.
+        """
 
     def param_groups(self, model: nn.Module) -> list[dict]:
         """Parameter groups for the optimizer; every parameter in exactly one.
@@ -50,10 +67,26 @@ class Method:
         """A term of the loss that depends on the weights alone; its gradient is added once per step."""
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-        """Called after the optimizer has stepped; the method may reshape parameters."""
+        """Called after the optimizer has stepped: the only hook that may change the model while it trains.
 
-    def views(self, model: nn.Module) -> Iterator[tuple[str, Predictor]]:
-        """The predictors to evaluate, with a tag each; the first one is the result."""
+        It may replace, reshape, freeze, add and remove parameters and modules, alike on every
+        rank, and tells the optimizer by :mod:`tract.parameters`. The loop sees what changed by
+        the identity of parameters and modules, and by names, shapes and ``requires_grad``.
+        """
+
+    def carry_average(self, before: nn.Module, after: nn.Module) -> None:
+        """Give the moving average of a changed model better values than the loop's.
+
+        Args:
+            before: the average until now, with the old modules and shapes.
+            after: the average from now on. Its tensors are those of ``before`` where name and
+                shape are the same, else the model's. Where the old average of a tensor no
+                longer means anything (its basis was rotated), replace the parameter in
+                ``after_step``, and set its average here.
+        """
+
+    def evaluated(self, model: nn.Module) -> Iterator[tuple[str, Predictor]]:
+        """What is evaluated: predictors with a tag each; the first one is the result."""
         yield "test", model
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from tract.accumulation import accumulate
-from tract.layers import Statistics, tract_layers
+from tract.layers import Statistics, checked_options, tract_layers
 from tract.methods.base import Method
 from tract.surgery import apply_tract
 
@@ -21,15 +21,25 @@ class TrActMethod(Method):
         lambda_: the damping lambda > 0.
         layer: name of the layer, or None for the first in order of registration.
         statistics: "global" (exact) or "local", see :class:`tract.TrActLayer`.
+
+    Raises:
+        TypeError, ValueError: lambda_ is not a positive finite number, or no such statistics.
     """
 
+    advice = ("raise lambda_",)
+
     def __init__(self, lambda_: float, layer: str | None, statistics: Statistics):
-        self.lambda_, self.layer, self.statistics = lambda_, layer, statistics
+        self.lambda_, self.statistics = checked_options(lambda_, None, statistics)
+        self.layer = layer
 
     def apply(self, model: nn.Module) -> str:
         """Wrap the layer."""
         name = apply_tract(model, self.lambda_, layer=self.layer, statistics=self.statistics)
         return f"TrAct (lambda {self.lambda_:g}) on {name}: {model.get_submodule(name)}"
+
+    def claims(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """The layer's weight, whose gradient is replaced."""
+        return (layer.weight for layer in tract_layers(model))
 
     def param_groups(self, model: nn.Module) -> list[dict]:
         """All but the layer's parameters, then the layer's, which are marked by ``first_layer``."""

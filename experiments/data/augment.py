@@ -1,0 +1,218 @@
+"""Augmentation of uint8 image batches as a pure function of given uniform draws.
+
+The same functions serve a whole batch on a GPU and a single image in a loader process, so a
+run's images do not depend on which of the two is used.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from experiments.data.auto_augment import auto_augment
+
+_RESIZED_CROP = v2.RandomResizedCrop(1)  # asked for places only
+DRAWS = 3  # per image: row of the crop, column of the crop, flip
+IN_BATCHES = ("crop_flip", "none")  # what can be done to whole batches on the device
+PIPELINES = ("three_augment", "three_augment_simple_crop", "rand_augment", "auto_augment")  # of library transforms
+ONE_BY_ONE = ("resized_crop", *PIPELINES)  # in loader processes
+
+
+def crop_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor:
+    """Random crop after zero padding, then a random horizontal flip.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        draws: (batch, 3) uniform numbers in [0, 1), float64, on the same device.
+        padding: black pixels added on each side; crops are as large as the image.
+        flip: whether to mirror half of the images.
+
+    Returns:
+        uint8, the same shape.
+    """
+    batch, _, height, width = images.shape
+    offsets = (draws[:, :2] * (2 * padding + 1)).long()
+    rows = offsets[:, :1] + torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device).expand(batch, -1)
+    if flip:
+        columns = torch.where(draws[:, 2:3] < 0.5, columns.flip(1), columns)
+    columns = columns + offsets[:, 1:2]
+    padded = F.pad(images, [padding] * 4)
+    index = torch.arange(batch, device=images.device)[:, None, None]
+    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def rotate(images: Tensor, draws: Tensor, degrees: float) -> Tensor:
+    """Counterclockwise by an angle from [-degrees, degrees) about the centre: nearest pixel, black corners.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        draws: (batch,) uniform numbers in [0, 1), float64, on the CPU: the pixels that are
+            looked up are then the same on every device.
+        degrees: the largest angle.
+
+    Returns:
+        uint8, the same shape.
+    """
+    batch, _, height, width = images.shape
+    angles = torch.deg2rad((2 * draws - 1) * degrees)[:, None, None]
+    y = (torch.arange(height, dtype=torch.float64) - (height - 1) / 2)[:, None]
+    x = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
+    columns = (torch.cos(angles) * x - torch.sin(angles) * y + width / 2).floor().long()
+    rows = (torch.cos(angles) * y + torch.sin(angles) * x + height / 2).floor().long()
+    inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
+    index = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).to(images.device)
+    found = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, images.shape[1], -1))
+    return found.view_as(images) * inside.to(images.device)[:, None]
+
+
+def resized_crop_flip(image: Tensor, draws: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:
+    """Inception's random resized crop (area 8-100 %, aspect 3/4-4/3) and flip of one image.
+
+    Args:
+        image: (channels, height, width), uint8.
+        draws: (3,) uniform numbers in [0, 1), float64, which decide as in :func:`random_box`.
+        size: height and width of the result.
+        interpolation: bilinear or bicubic.
+
+    Returns:
+        (channels, size, size), uint8.
+    """
+    (top, left, height, width), mirror = random_box(draws, *image.shape[-2:])
+    part = image[..., top : top + height, left : left + width]
+    mode = v2.InterpolationMode(interpolation)
+    part = v2.functional.resize(part, [size, size], interpolation=mode, antialias=True)
+    return part.flip(-1) if mirror else part
+
+
+def random_box(draws: Tensor, height: int, width: int) -> tuple[tuple[int, int, int, int], bool]:
+    """What :func:`resized_crop_flip` cuts: (top, left, height, width), and whether it flips.
+
+    torchvision draws from torch's generator, which is seeded here from ``draws`` and put back afterwards.
+    """
+    generator, image = torch.default_generator, torch.empty(1).expand(height, width)
+    before = generator.get_state()
+    try:
+        generator.manual_seed(int(draws[0].item() * 2**53))
+        box = _RESIZED_CROP.make_params([image])
+        mirror = torch.rand(1).item() < 0.5
+    finally:
+        generator.set_state(before)
+    return (box["top"], box["left"], box["height"], box["width"]), mirror
+
+
+def augment_one(image: Tensor, seed: float, kind: str, size: int, interpolation: str) -> Tensor:
+    """One training image through a named pipeline of library transforms.
+
+    They draw from the generators of torch, numpy and Python, which are seeded here and put
+    back afterwards.
+
+    Args:
+        image: (3, height, width), uint8.
+        seed: a uniform number in [0, 1).
+        kind: one of ``PIPELINES``; see :func:`pipeline`.
+        size: height and width of the result.
+        interpolation: bilinear or bicubic.
+
+    Returns:
+        (3, size, size), uint8.
+    """
+    with _seeded(int(seed * 2**53)):
+        return pipeline(kind, size, interpolation)(image)
+
+
+@cache
+def pipeline(kind: str, size: int, interpolation: str) -> Callable[[Tensor], Tensor]:
+    """The transforms of one training image, uint8 tensor in and out.
+
+    auto_augment: a crop from four black pixels more on each side, a flip, and AutoAugment's policy for CIFAR-10.
+    three_augment: a random resized crop and flip, then one of greyscale, solarise and blur, then colour jitter 0.3:
+    DeiT-III's 3-Augment (Touvron et al., arXiv 2204.07118) as timm has it.
+    three_augment_simple_crop: 3-Augment after a resize of the shorter side and a crop from
+    four reflected pixels more on each side, DeiT-III's for fine-tuning.
+    rand_augment: the resized crop and timm's rand-m9-mstd0.5-inc1.
+    """
+    if kind == "auto_augment":
+        first, secondary = _simple_crop(size, interpolation, "constant"), auto_augment
+    else:
+        first, secondary = _timms(kind, size, interpolation)
+    if kind == "three_augment_simple_crop":
+        first = _simple_crop(size, interpolation, "reflect")
+    from_tensor = v2.Lambda(lambda image: Image.fromarray(image.permute(1, 2, 0).numpy()))
+    return v2.Compose([from_tensor, first, secondary, v2.PILToTensor()])
+
+
+def _simple_crop(size: int, interpolation: str, padding_mode: str) -> Callable[[Image.Image], Image.Image]:
+    resize = v2.Resize(size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
+    return v2.Compose([resize, v2.RandomCrop(size, padding=4, padding_mode=padding_mode), v2.RandomHorizontalFlip()])
+
+
+def _timms(kind: str, size: int, interpolation: str) -> tuple[Callable, Callable]:
+    """timm's resized crop and flip, and what follows."""
+    from timm.data import create_transform  # takes seconds to import
+
+    policy = "rand-m9-mstd0.5-inc1" if kind == "rand_augment" else "3a"
+    first, secondary, _ = create_transform(
+        size,
+        is_training=True,
+        use_prefetcher=True,
+        separate=True,
+        auto_augment=policy,
+        color_jitter=0.3,
+        interpolation=interpolation,
+        mean=(0.485, 0.456, 0.406),
+        hflip=0.5,
+        re_prob=0.0,
+    )
+    for change in getattr(secondary.transforms[0], "ops", []):
+        if change.name == "PosterizeIncreasing":
+            change.aug_fn = _posterize
+    return first, secondary
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """Black for 0 bits, as before Pillow 13, which refuses them: RandAugment asks for them at its highest level."""
+    mask = 256 - 2 ** (8 - bits)
+    return image.point([value & mask for value in range(256)] * 3)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    python, old = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(old)
+
+
+def center_crop(image: Tensor, size: int, ratio: float = 0.875, interpolation: str = "bilinear") -> Tensor:
+    """Resize the shorter side to size / ratio and cut the centre: ImageNet's evaluation."""
+    mode = v2.InterpolationMode(interpolation)
+    resized = v2.functional.resize(image, [resized_side(size, ratio)], interpolation=mode, antialias=True)
+    return v2.functional.center_crop(resized, [size, size])
+
+
+def resized_side(size: int, ratio: float = 0.875) -> int:
+    """The shorter side that :func:`center_crop` cuts from."""
+    return int(size / ratio)  # rounded down, as DeiT and timm do
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(pixel / 255 - mean) / std per channel; uint8 in, floating point out."""
+    floats = images.to(dtype, copy=True)
+    return floats.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])  # in place: no memory but the result's

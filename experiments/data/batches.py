@@ -1,0 +1,171 @@
+"""Which samples make a batch, and its way to the device; the same for every kind of data.
+
+The global batch k of an epoch is a slice of that epoch's order; each rank takes its share, see ``shares.py``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import multiprocessing
+import signal
+import weakref
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from experiments.data.base import Data, Request
+from experiments.data.shares import Share, shares
+from experiments.randomness import epoch_order
+from experiments.ranks import Ranks
+from experiments.tasks.base import Batch
+from runfolder.errors import UserError
+
+
+def fingerprint(data: Data) -> str:
+    """Sixteen hex digits that tell two data sets apart: classes, sizes, and what identifies the splits."""
+    digest = hashlib.sha256(repr((len(data.train), len(data.test), data.classes, data.shape)).encode())
+    for split in (data.train, data.test):
+        for part in split.identity():
+            digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+class Batches:
+    """Training and test batches of one rank.
+
+    Args:
+        data: the data set.
+        seed: decides order and augmentation.
+        batch_size: images per optimizer step over all ranks.
+        drop_last: leave out the last, smaller batch of an epoch.
+        repeats: copies of each image in an epoch, of images / repeats images (repeated augmentation).
+        mixed: images are mixed in pairs, which stay on one rank.
+        mix_group: images that are mixed alike; None: the whole batch.
+        overfit: use only the first so many batches of epoch 0, unaugmented, in every epoch.
+        eval_batch_size: images per evaluation batch of one rank.
+        workers: loader processes, for data whose batches are not made on the device.
+        ranks: who shares the batches.
+        device: where the batches go.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        *,
+        seed: int,
+        batch_size: int,
+        drop_last: bool,
+        repeats: int = 1,
+        mixed: bool = False,
+        mix_group: int | None = None,
+        overfit: int | None,
+        eval_batch_size: int,
+        workers: int,
+        ranks: Ranks,
+        device: torch.device,
+    ):
+        self.data, self.seed, self.batch_size, self.overfit, self.repeats = data, seed, batch_size, overfit, repeats
+        self.eval_batch_size, self.workers, self.ranks, self.device = eval_batch_size, workers, ranks, device
+        self._mixed, self._mix_group = mixed, mix_group
+        self._samples = data.samples(seed, repeats, device)
+        images = len(data.train)
+        last = 0 if drop_last else images % batch_size
+        if images < batch_size and drop_last:
+            raise UserError(f"expected at least batch_size={batch_size} training images with drop_last, got {images}.")
+        least = "two images, which are mixed," if mixed else "an image"
+        if not len(self.shares(batch_size)[-1].places):
+            raise UserError(f"expected batch_size to have {least} for each of {ranks.size} ranks, got {batch_size}.")
+        if last and not len(self.shares(last)[-1].places):
+            raise UserError(
+                f"expected {least} for each of {ranks.size} ranks in the last batch, got {last}; set drop_last=true."
+            )
+        self.steps_per_epoch = images // batch_size + (last > 0)
+        if overfit is not None:
+            self.steps_per_epoch = min(self.steps_per_epoch, overfit)
+        self._loader = None
+        self._requests: list[Request] = []
+
+    def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """This rank's share of the batches of an epoch (from 0), starting at batch ``first``."""
+        order = epoch_order(self.seed, 0 if self.overfit else epoch, len(self.data.train), self.repeats)
+        parts = [self._share(order, step) for step in range(first, self.steps_per_epoch)]
+        return self._made("train", parts, None if self.overfit else epoch)
+
+    def test(self) -> Iterator[Batch]:
+        """This rank's share of the test images, each exactly once; as many batches on every rank."""
+        mine = np.arange(self.ranks.rank, len(self.data.test), self.ranks.size)
+        rounds = -(-len(self.data.test) // (self.ranks.size * self.eval_batch_size))
+        return self._made("test", np.array_split(mine, rounds), None)
+
+    def global_count(self, step: int) -> int:
+        """Images of batch ``step`` of an epoch over all ranks."""
+        return min(self.batch_size, len(self.data.train) - step * self.batch_size)
+
+    def shares(self, count: int) -> list[Share]:
+        """What each rank has of a global batch of ``count`` images."""
+        return shares(count, self.ranks.size, self.repeats, self._mix_group, self._mixed)
+
+    def _share(self, order: np.ndarray, step: int) -> np.ndarray:
+        batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+        return batch[self.shares(len(batch))[self.ranks.rank].places]
+
+    def close(self) -> None:
+        """End the loader processes; the next batch starts new ones."""
+        self._loader, self._requests = None, []
+
+    def _made(self, split: str, parts: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
+        full = [(split, epoch, part.tolist()) for part in parts if len(part)]
+        samples = self._samples
+        try:
+            for batch in map(samples.__getitem__, full) if samples.on_device else self._loaded(full):
+                yield samples.ready(batch, self.device)
+        except UserError as error:  # from a loader process it comes with a traceback in its text
+            self.close()
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        for _ in range(len(parts) - len(full)):
+            yield samples.nothing(self.device)
+
+    def _loaded(self, requests: list[Request]) -> Iterator[Batch]:
+        """What loader processes make of each request; they stay from epoch to epoch."""
+        if self._loader is None:
+            self._loader = DataLoader(
+                self._samples,
+                batch_size=None,
+                sampler=_Latest(self),
+                num_workers=self.workers,
+                persistent_workers=self.workers > 0,
+                pin_memory=self.device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_trainer,
+                generator=torch.Generator().manual_seed(0),
+            )
+        self._requests = requests
+        for batch in self._loader:
+            if self._requests is not requests:
+                raise RuntimeError("expected one pass over loaded batches at a time, got a second one inside it")
+            yield batch
+
+
+class _Latest:
+    """The requests of the latest pass, asked for again at the start of each."""
+
+    def __init__(self, batches: Batches):
+        self._batches = weakref.ref(batches)
+
+    def __iter__(self) -> Iterator[Request]:
+        return iter(self._batches()._requests)
+
+
+@atexit.register
+def _end_loader_processes() -> None:
+    # They ignore the SIGTERM with which multiprocessing would end them, to wait for them for ever.
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
+def _leave_signals_to_the_trainer(_: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

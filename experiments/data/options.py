@@ -1,0 +1,53 @@
+"""What is done with images in classes, whatever they are read from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from experiments.data.augment import IN_BATCHES, ONE_BY_ONE
+from runfolder.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageOptions:
+    """The keys that files in ``conf/data/`` share; a source adds its own by inheritance.
+
+    Attributes:
+        image_size: height and width that the network sees; None is the images' own.
+        augment: one of augment.IN_BATCHES or augment.ONE_BY_ONE.
+        padding: of crop_flip.
+        flip: of crop_flip; the others always flip.
+        rotation: largest angle in degrees, after crop and flip.
+        crop_ratio: of the test image's shorter side that is looked at, where sizes differ.
+        interpolation: bilinear or bicubic.
+        mean: per channel; None is measured on the training images.
+        std: likewise.
+        in_memory: augment whole batches on the device, or single images in loader processes; None lets the source
+            decide.
+    """
+
+    image_size: int | None = None
+    augment: str
+    padding: int = 0
+    flip: bool = True
+    rotation: float = 0.0
+    crop_ratio: float = 1.0
+    interpolation: str = "bilinear"
+    mean: list | None
+    std: list | None
+    in_memory: bool | None = None
+
+    def __post_init__(self):
+        known = (*IN_BATCHES, *ONE_BY_ONE)
+        if self.augment not in known:
+            raise UserError(f"expected data.augment to be one of {', '.join(known)}, got {self.augment!r}.")
+        if self.augment in ONE_BY_ONE and self.in_memory:
+            raise UserError(f"data.augment={self.augment} is done by loader processes; give data.in_memory=false.")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"expected data.image_size to be at least 1 or null, got {self.image_size}.")
+        if not 0 <= self.rotation <= 180:
+            raise UserError(f"expected data.rotation to be 0 to 180 degrees, got {self.rotation:g}.")
+        if not 0 < self.crop_ratio <= 1:
+            raise UserError(f"expected data.crop_ratio to be above 0 and at most 1, got {self.crop_ratio:g}.")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            raise UserError(f"expected data.interpolation to be bilinear or bicubic, got {self.interpolation!r}.")

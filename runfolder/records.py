@@ -1,0 +1,166 @@
+"""What the JSON files in a run folder hold.
+
+A file that a killed process or a full disk has damaged is read as an empty record, so every
+key may be missing when a record is read; who writes one gives all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, TypedDict
+
+from runfolder import tags
+from runfolder.errors import UserError
+from runfolder.folder import RunFolder
+
+_SAME = 1e-6  # relative; events hold float32, result.json float64
+
+
+class Result(TypedDict, total=False):
+    """``result.json``, written once, last."""
+
+    config_hash: str
+    epochs: int
+    steps: int
+    primary_metric: str  # the tag that the run is known by
+    metrics: dict[str, float]  # of the last evaluation, by tag: the same numbers as the last points of the events
+    weights_sha256: str
+    attempts: int  # that were needed
+    seconds: float  # of training and evaluation, over all attempts
+    finished: str  # UTC, ISO 8601
+
+
+class Progress(TypedDict, total=False):
+    """``progress.json``, written at every heartbeat."""
+
+    step: int
+    steps: int
+    epoch: float
+    epochs: float
+    primary_metric: str
+    value: float | None  # of the primary metric at the last evaluation
+    images_per_second: float
+    seconds_left: int
+    host: str
+
+
+class Failure(TypedDict, total=False):
+    """``failure.json``; gone when the run is started again."""
+
+    kind: str  # a FailureKind
+    reason: str
+    host: str
+    when: str
+    traceback: list[str]  # its end
+
+
+class Attempt(TypedDict, total=False):
+    """One start of training, as it describes itself in ``provenance.json``: ``{"attempts": [...]}``."""
+
+    started: str  # UTC, ISO 8601
+    command: str
+    commit: str | None
+    dirty: bool
+    diff: str | None  # a file in the run folder
+    untracked: list[str]
+    packages: dict[str, str]
+    hardware: dict[str, str | int]  # device, cores, threads, host
+    world_size: int
+    data: str  # fingerprint of the data set
+    resumed_from_step: int
+
+
+class Process(TypedDict, total=False):
+    """What tells a process from every other one; see :func:`runfolder.process.this_process`."""
+
+    host: str
+    boot: str
+    processes: str
+    pid: int
+    began: str
+
+
+class Holder(Process, total=False):
+    """A ticket in ``lease/``: who trains the run. Its modification time is the last sign of life."""
+
+    job: str  # of Slurm, and how often it had been started again
+    restart: int
+    beats_every: float  # seconds
+    since: str
+    released: bool
+
+
+class Claim(Process, total=False):
+    """A ticket in ``claims/``: which submission is to train the run."""
+
+    user: int
+    submission: str
+    made: float  # seconds since 1970
+    submitted: bool
+    scheduler: str
+    job: str
+    job_name: str
+    index: int
+    worker: Process  # that trains it, where there is no scheduler
+    released: str | None  # why it was given back
+
+
+class AttemptNote(TypedDict, total=False):
+    """A ticket in ``attempts/``: a supervisor's note of an attempt. Without an outcome it was cut off."""
+
+    started: str
+    from_step: int
+    job: str
+    restart: int
+    node: str
+    submission: str
+    reached_step: int | None
+    saved_step: int
+    ended: str
+    outcome: str
+    reason: str
+
+
+def read_result(folder: RunFolder) -> Result | None:
+    """The content of ``result.json``: it exists when the run is finished.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        result = json.loads(folder.result.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        result = None
+    if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
+        raise UserError(
+            f"expected the result of a run in {folder.result}, got something else; delete this file and start the run "
+            "again, which writes it from the last checkpoint."
+        )
+    return result
+
+
+def disagreeing(metrics: Mapping[str, Any], logged: Mapping[str, float | None]) -> list[str]:
+    """The tags whose final value is another one in the events than in ``result.json``, by name.
+
+    What counts steps has no final epoch, and of what is no measure of the test set only numbers are compared.
+
+    Args:
+        metrics: those of a result, as read: any value may be there.
+        logged: the value of each at the final epoch in the events; None where there is none.
+    """
+    compared = [tag for tag, value in metrics.items() if tags.is_test(tag) or _is_number(value)]
+    return sorted(tag for tag in compared if not tags.counts_steps(tag) and not _is_same(logged.get(tag), metrics[tag]))
+
+
+def _is_same(logged: float | None, said: Any) -> bool:
+    if logged is None or not _is_number(said):
+        return False
+    return math.isclose(logged, said, rel_tol=_SAME, abs_tol=1e-9) or (math.isnan(logged) and math.isnan(said))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

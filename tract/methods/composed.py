@@ -1,0 +1,136 @@
+"""Several methods as one, in the order in which they are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from tract.methods.base import Method, Predictor
+
+
+class Composed(Method):
+    """Each hook of every part, the first part's first.
+
+    A later part finds the model as the earlier ones have made it, and a layer may then have
+    another name: after PatchNorm the embedding "emb" is "emb.embedding". Parameter groups are
+    the parts' groups cut by each other. What is evaluated are the predictors of the parts that
+    say so themselves; a later part's tag that is taken gets the part's name in front.
+
+    Args:
+        parts: the methods by name.
+
+    Raises:
+        ValueError: (of hooks) two parts claim the same parameter, or give it different options.
+
+    Example:
+        >>> from tract.methods.patchnorm import PatchNormMethod
+        >>> from tract.methods.tract import TrActMethod
+        >>> both = Composed(tract=TrActMethod(0.1, None, "global"), patchnorm=PatchNormMethod(None))
+        >>> _ = both.apply(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)))
+    """
+
+    def __init__(self, **parts: Method):
+        if not parts:
+            raise ValueError("expected at least one method, got none.")
+        self.parts = parts
+        self.advice = tuple(dict.fromkeys(advice for part in parts.values() for advice in part.advice))
+
+    def apply(self, model: nn.Module) -> str | None:
+        """Apply all; none may claim what another claims."""
+        said = [part.apply(model) for part in self.parts.values()]
+        self._require_different_claims(model)
+        return "; ".join(filter(None, said)) or None
+
+    def _require_different_claims(self, model: nn.Module) -> None:
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        owners: dict[nn.Parameter, str] = {}
+        for name, part in self.parts.items():
+            for parameter in part.claims(model):
+                other = owners.setdefault(parameter, name)
+                if other != name:
+                    raise ValueError(
+                        f"expected methods that leave each other's layers alone, got {other} and {name} both on "
+                        f"{names[parameter]}; give one of them another layer, or leave it out."
+                    )
+
+    def claims(self, model: nn.Module) -> Iterable[nn.Parameter]:
+        """Those of all parts."""
+        return [parameter for part in self.parts.values() for parameter in part.claims(model)]
+
+    def match(self, model: nn.Module, weights: dict[str, Tensor]) -> None:
+        """All parts, one after the other."""
+        for part in self.parts.values():
+            part.match(model, weights)
+
+    def param_groups(self, model: nn.Module) -> list[dict]:
+        """The parts' groups cut by each other: parameters are together if they are in every part, with all options."""
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        first, *others = (part.param_groups(model) for part in self.parts.values())
+        groups = [group | {"params": list(group["params"])} for group in first]
+        for more in others:
+            more = [group | {"params": list(group["params"])} for group in more]
+            cuts = [_cut(group, other, names) for group in groups for other in more]
+            groups = [group for group in cuts if group["params"]]
+        return groups
+
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """All parts, one after the other."""
+        for part in self.parts.values():
+            part.before_step(model, step)
+
+    @contextmanager
+    def accumulating(self, model: nn.Module) -> Iterator[None]:
+        """All parts' contexts, the first part's outermost."""
+        with ExitStack() as stack:
+            for part in self.parts.values():
+                stack.enter_context(part.accumulating(model))
+            yield
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """The sum of the parts' penalties."""
+        terms = [term for part in self.parts.values() if (term := part.penalty(model)) is not None]
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+        """All parts, one after the other."""
+        for part in self.parts.values():
+            part.after_step(model, optimizer, step)
+
+    def carry_average(self, before: nn.Module, after: nn.Module) -> None:
+        """All parts, one after the other."""
+        for part in self.parts.values():
+            part.carry_average(before, after)
+
+    def evaluated(self, model: nn.Module) -> Iterator[tuple[str, Predictor]]:
+        """What the parts say is evaluated; the model itself where none says anything."""
+        own = {name: part for name, part in self.parts.items() if type(part).evaluated is not Method.evaluated}
+        taken = set()
+        for name, part in own.items():
+            for tag, predictor in part.evaluated(model):
+                tag = f"{name}/{tag}" if tag in taken else tag
+                taken.add(tag)
+                yield tag, predictor
+        if not own:
+            yield from super().evaluated(model)
+
+    def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
+        """Those of all parts."""
+        for part in self.parts.values():
+            yield from part.metrics(model)
+
+
+def _cut(group: dict, other: dict, names: dict[nn.Parameter, str]) -> dict:
+    """The parameters of both groups, with the options of both."""
+    of_other = set(other["params"])
+    both = [parameter for parameter in group["params"] if parameter in of_other]
+    for option in group.keys() & other.keys() - {"params"}:
+        if both and group[option] != other[option]:
+            raise ValueError(
+                f"expected methods that agree on {names[both[0]]}, got {option}={group[option]} and "
+                f"{option}={other[option]}; leave one of them out."
+            )
+    return group | other | {"params": both}
