@@ -20,7 +20,7 @@ from pathlib import Path
 if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from experiments.cli import main
+from slurm.command import main
 
 if __name__ == "__main__":
     sys.exit(main("detection_voc", __doc__, grid="table5"))
