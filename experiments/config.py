@@ -410,7 +410,7 @@ def validate(config: Config) -> None:
     _require(
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )
-    _require(config.bias_lr > 0, "bias_lr", "above 0", config.bias_lr)
+    _require(0 < config.bias_lr < math.inf, "bias_lr", "a number above 0", config.bias_lr)
     clip = config.clip_grad_norm
     _require(clip is None or clip > 0, "clip_grad_norm", "above 0 or null", clip)
     runtime = config.runtime

@@ -2,16 +2,16 @@
 
 python experiments/detection_voc.py method=tract            one run, here
 python experiments/detection_voc.py --submit                4 runs
-python experiments/detection_voc.py start_from=FILE         from a VGG-16 file of timm or torchvision, without network
+python experiments/detection_voc.py start_from=FILE         from a VGG-16 file, without network
 
 VOC 2007 is downloaded (or unpacked by hand in data/: both archives make VOCdevkit/), VGG-16's weights by timm.
 The number of a run is test/map: mAP in percent by the protocol of VOC 2007 (11 recalls, overlap 0.5).
+recipe.source=simple_faster_rcnn (the default) or py_faster_rcnn says whose recipe it is: docs/reproducing.md.
 Cost, estimated from multiply-adds at 40 % of an A100's TF32 peak: 0.32 GPU-hours a run for training and 0.12 for
-evaluation after each epoch; more, as steps of one image leave a GPU waiting. Not measured on a GPU.
-Published (mAP, 2 seeds): 0.659 ± 0.005, with TrAct 0.671 ± 0.004. How the authors trained beyond "all layers" is
-not published; the recipe here is the Faster R-CNN paper's. With runtime.deterministic=true (the default) torchvision
-compiles its RoIAlign on a GPU, to have a gradient that adds up in a fixed order: the node needs a C compiler.
-runtime.deterministic=false takes the faster kernel, and a resumed run is then the same to rounding only.
+evaluation after each epoch, double for py_faster_rcnn (140,000 images instead of 70,154); more, as steps of one image
+leave a GPU waiting. Not measured on a GPU.
+Published (mAP, 2 seeds): 0.659 ± 0.005, with TrAct 0.671 ± 0.004. How the authors trained beyond "all layers" is not
+published.
 """
 
 import sys

@@ -101,6 +101,8 @@ BAD = [
     ("mixup=-1", "mixup to be 0 or more"),
     ("repeats=0", "repeats to be at least 1"),
     ("mix_group=0", "mix_group to be at least 1 or null"),
+    ("bias_lr=0", "bias_lr to be a number above 0, got 0"),
+    ("bias_lr=inf", "bias_lr to be a number above 0, got inf"),
     ("start_from=nowhere", "expected a finished run in start_from="),
     ("data.augment=resized_crop", "data.in_memory=false"),
     ("data.mean=3", "data.mean"),

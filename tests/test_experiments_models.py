@@ -154,8 +154,8 @@ def _tiny(name, **options):
     return build_model(name, 10, in_channels=x.shape[1], image_size=x.shape[2], **options), x
 
 
-# Those of the CIFAR-100 table have a file of tests of their own, as has the detector.
-OTHERS = {*FACTS, "faster_rcnn_vgg16"} - {"resnet18"}
+# Those of the CIFAR-100 table have a file of tests of their own, as have the detectors.
+OTHERS = {*FACTS, "faster_rcnn_vgg16", "py_faster_rcnn_vgg16"} - {"resnet18"}
 NETWORKS = [name for name in choices_of("model") if name not in OTHERS]
 
 

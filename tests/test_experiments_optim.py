@@ -115,6 +115,28 @@ def test_weight_decay_of_matrices_only():
     assert {id(model.pos_embed), id(model.cls_token)} < without
 
 
+def test_biases_have_their_own_rate():
+    """As Caffe's lr_mult: a multiple of the rate of the group that the method put them into, under any schedule."""
+
+    class TwoGroups(Method):
+        def param_groups(self, model):
+            return [{"params": model.first.parameters(), "lr": 0.5}, {"params": model.second.parameters()}]
+
+    model = _Net(ORDERS[0])
+    node = {"_target_": "torch.optim.SGD", "lr": 0.1, "weight_decay": 0.5}
+    optimizer = build_optimizer(node, TwoGroups(), model, decay_matrices_only=True, bias_lr=2.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for factor in (1.0, 0.25):
+        set_learning_rate(optimizer, factor)
+        found = {
+            names[p]: (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        }
+        assert found == {
+            "first.weight": (0.5 * factor, 0.5), "first.bias": (1.0 * factor, 0.0),
+            "second.weight": (0.1 * factor, 0.5), "second.bias": (0.2 * factor, 0.0),
+        }  # fmt: skip
+
+
 def test_lamb_goes_on_with_its_step():
     """It keeps the step in the group; else its bias correction would begin anew."""
 

@@ -13,9 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from analysis import tables
+from experiments.data.augment import center_crop
 from slurm.command import main
 from tests.voc_folder import write_voc
 
@@ -82,6 +85,24 @@ def test_photographs_of_many_sizes_train(imagenette, tmp_path):
     constants = ["data.mean=[0.485,0.456,0.406]", "data.std=[0.229,0.224,0.225]"]
     result = train("cifar_resnet", tmp_path, f"data.root={imagenette}", *choices, *constants)
     assert result["steps"] == 3
+
+
+@pytest.mark.parametrize(("interpolation", "most", "levels"), [("bicubic", 0.003, 2), ("bilinear", 0.001, 1)])
+def test_test_images_are_resized_as_pillow_does_to_a_few_levels(imagenette, interpolation, most, levels):
+    """To 109 pixels and back to the centre 96; docs/reproducing.md has the shares."""
+    files = sorted((imagenette / "val").rglob("*.JPEG")) + sorted((imagenette / "train").rglob("*.JPEG"))
+    differences = []
+    for file in files:
+        image = Image.open(file).convert("RGB")
+        mode = v2.InterpolationMode(interpolation)
+        expected = v2.functional.center_crop(v2.functional.resize(image, [109], interpolation=mode), [96, 96])
+        found = center_crop(v2.functional.pil_to_tensor(image), 96, 0.875, interpolation)
+        differences.append((v2.functional.pil_to_tensor(expected).int() - found.int()).abs().flatten())
+    differences = torch.cat(differences)
+    share = (differences > 0).float().mean().item()
+    print(f"{interpolation}: {share:.5f} of the values of {len(files)} images, by up to {differences.max()}")
+    assert 0 < share < most
+    assert differences.max() <= levels
 
 
 def run_and_tabulate(experiment: str, runs: Path, capsys, *choices: str) -> str:

@@ -67,23 +67,30 @@ def test_all_36_networks_have_both_arms_and_the_short_one():
 # -- VOC ------------------------------------------------------------------------------------
 
 DETECTION = {
-    "batch_size": 1, "micro_batch": None, "precision": "fp32", "optim.name": "sgd", "optim.lr": 1e-3,
+    "micro_batch": 1, "bias_lr": 2.0, "precision": "fp32", "optim.name": "sgd", "optim.lr": 1e-3,
     "optim.momentum": 0.9, "optim.weight_decay": 5e-4, "data.name": "voc2007", "data.flip": True,
     "model.min_size": 600, "model.max_size": 1000, "model.width": 64, "model.hidden": 4096,
 }  # fmt: skip
 
 
-def test_detection_is_the_faster_rcnn_papers_joint_training():
-    """70,000 steps of one image, a tenth of the rate after 50,000, to whole epochs of 5,011 images."""
-    runs = plan("detection_voc", "table5", {})
+@pytest.mark.parametrize(
+    ("source", "images", "steps", "drops_at", "with_decay_of_biases"),
+    [("simple_faster_rcnn", 1, 14 * 5011, 10 * 5011, False), ("py_faster_rcnn", 2, 70_000, 50_000, True)],
+)
+def test_detection_is_one_of_two_public_programs(source, images, steps, drops_at, with_decay_of_biases):
+    runs = plan("detection_voc", "table5", {"recipe.source": [source]})
     assert [(config.method["name"], config.seed) for config in runs] == [
         ("vanilla", 0), ("vanilla", 1), ("tract", 0), ("tract", 1),
     ]  # fmt: skip
     for config in runs:
         assert holds(config, DETECTION)
         assert config.method.get("lambda_", 0.1) == 0.1
-        assert total_steps(config, 5011) == 70_154
-        assert rates(config, 5011) == pytest.approx(10 * [1e-3] + 4 * [1e-4])
+        assert config.batch_size == images
+        assert total_steps(config, 5011) == steps
+        assert config.decay_matrices_only is not with_decay_of_biases
+        schedule, of_epoch = build(config.schedule), -(-5011 // images)
+        found = [schedule.factor(step, of_epoch, steps) for step in (0, drops_at - 1, drops_at, steps - 1)]
+        assert found == pytest.approx([1, 1, 0.1, 0.1])
 
 
 # -- ImageNet, ResNets ----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from tract import TrActConv2d
 
 CPU = torch.device("cpu")
 TINY = {
-    "model.width": 8, "model.hidden": 16, "model.min_size": 64, "model.max_size": 96, "start_from": None,
+    "model.width": 8, "model.hidden": 16, "model.min_size": 160, "model.max_size": 240, "start_from": None,
     "runtime.workers": 0, "runtime.progress": False, "runtime.threads": 1,
 }  # fmt: skip
 
@@ -120,6 +120,17 @@ def test_the_loss_is_the_networks_on_the_objects_that_count(voc):
     pieces = list(task.split((images, targets), 3))
     assert [len(part[0]) for part in pieces] == [2, 1, 1]
     assert sum((part[1] for part in pieces), []) == targets
+
+
+@pytest.mark.parametrize("model", ["faster_rcnn_vgg16", "py_faster_rcnn_vgg16"])
+@pytest.mark.parametrize(("sides", "objects"), [((48, 60), 1), ((160, 240), 0)], ids=["no anchor inside", "no object"])
+def test_the_loss_is_finite_without_an_anchor_or_an_object(model, sides, objects):
+    detector = build_model(model, 3, width=8, hidden=16, min_size=min(sides), max_size=max(sides)).train()
+    box = torch.tensor([[4.0, 5.0, 40.0, 45.0]])[:objects]
+    losses = detector([torch.rand(3, *sides)], [{"boxes": box, "labels": torch.ones(objects, dtype=torch.int64)}])
+    assert all(torch.isfinite(loss) for loss in losses.values()), losses
+    sum(losses.values()).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in detector.parameters())
 
 
 @pytest.mark.parametrize(

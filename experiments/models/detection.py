@@ -200,7 +200,7 @@ class _Anchors(AnchorGenerator):
         self.cell_anchors = [torch.tensor([[-w, -h, w, h] for w, h in halves]) + _STRIDE / 2]
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        """torchvision would divide the image's size by the map's, which is the stride only where nothing is left over."""
+        """torchvision divides the image's size by the map's, which is the stride only where nothing is left over."""
         (maps,) = feature_maps
         self.set_cell_anchors(torch.float32, maps.device)
         stride = torch.tensor(_STRIDE, device=maps.device)
@@ -228,7 +228,7 @@ class _Proposals(RegionProposalNetwork):
         return super().forward(images, features, targets)
 
     def assign_targets_to_anchors(self, anchors: list[Tensor], targets: list) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels 1, 0 or -1 (not trained on), this for all anchors across the edge; and the box that belongs to each."""
+        """Labels 1, 0 or -1 (not trained on, as anchors across the edge are), and each anchor's box."""
         labels, boxes = [], []
         for own, target, (height, width) in zip(anchors, targets, self._images.image_sizes, strict=True):
             inside = (own[:, :2] >= 0).all(dim=1) & (own[:, 2] <= width) & (own[:, 3] <= height)

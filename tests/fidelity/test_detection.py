@@ -107,9 +107,7 @@ def test_losses_gradients_and_a_step_are_the_originals(simple):
     """Through the task, the recipe's optimizer and its groups: biases at twice the rate, without decay."""
     config = compose_config("detection_voc", {})
     image, target = scene()
-    optimizer = build_optimizer(
-        config.optim, build(config.method), simple, config.decay_matrices_only, config.bias_lr
-    )
+    optimizer = build_optimizer(config.optim, build(config.method), simple, config.decay_matrices_only, config.bias_lr)
     before = {name: parameter.detach().clone() for name, parameter in simple.named_parameters()}
     total, parts = Detection(config, 3, 1).loss(simple.train(), ([image], [target]))
     names = ("rpn_cls_loss", "rpn_loc_loss", "roi_cls_loss", "roi_loc_loss")
@@ -175,6 +173,24 @@ def test_anchors_are_trained_on_as_by_the_original(caffe):
     np.testing.assert_allclose(moves[positive], CAFFE["moves"], atol=1e-4)
 
 
+def test_labels_of_all_anchors_follow_from_their_overlaps(caffe):
+    """By definition: 1 from 0.7 on and for an object's highest, 0 below 0.3, else and across the edge -1."""
+    target = {"boxes": torch.tensor(SIZED).float(), "labels": torch.tensor(LABELS)}
+    batch, _ = caffe.transform([torch.rand(3, 600, 900)])
+    (anchors,) = caffe.rpn.anchor_generator(batch, [torch.zeros(1, 64, *CAFFE["map"])])
+    caffe.rpn._images = batch
+    (labels,), _ = caffe.rpn.assign_targets_to_anchors([anchors], [target])
+    overlaps = torchvision.ops.box_iou(target["boxes"], anchors)
+    left, top, right, bottom = anchors.T
+    overlaps[:, (left < 0) | (top < 0) | (right > 900) | (bottom > 600)] = float("nan")
+    highest = (overlaps == overlaps.nan_to_num(-1).amax(dim=1, keepdim=True)).any(dim=0)
+    own = overlaps.amax(dim=0)
+    expected = torch.where(highest | (own >= 0.7), 1.0, torch.where(own < 0.3, 0.0, -1.0))
+    assert torch.equal(labels, expected)
+    assert ((own > 0.2) & (own < 0.3)).any()
+    assert ((own > 0.3) & (own < 0.7)).any()
+
+
 def test_regions_are_drawn_as_by_the_original(caffe):
     regions = CAFFE["regions"]
     target = {"boxes": torch.tensor(SIZED).float(), "labels": torch.tensor(LABELS)}
@@ -182,7 +198,8 @@ def test_regions_are_drawn_as_by_the_original(caffe):
     boxes, _, (labels,), (moves,) = caffe.roi_heads.select_training_samples([proposals], [target])
     order = torch.cat([torch.where(labels > 0)[0], torch.where(labels == 0)[0]])  # its positives come first
     assert labels[order].tolist() == regions["labels"]
-    torch.testing.assert_close(boxes[0][order], without_inclusive_ends(regions["boxes_inclusive"]).float(), atol=2e-3, rtol=0)
+    expected = without_inclusive_ends(regions["boxes_inclusive"]).float()
+    torch.testing.assert_close(boxes[0][order], expected, atol=2e-3, rtol=0)
     np.testing.assert_allclose(moves[labels > 0], regions["moves"], atol=1e-3)
 
 
@@ -203,7 +220,8 @@ def test_the_recipe_of_py_faster_rcnn():
     assert [factor(step, steps, 70_000) for step in (0, 49_999, 50_000, 69_999)] == pytest.approx([1, 1, 0.1, 0.1])
     model = build_model(config.model["name"], 3, **SIZES)
     optimizer = build_optimizer(config.optim, build(config.method), model, config.decay_matrices_only, config.bias_lr)
-    found = {(p.ndim > 1, group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    groups = optimizer.param_groups
+    found = {(p.ndim > 1, group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
     assert found == {(True, 1e-3, 5e-4), (False, 2e-3, 5e-4)}
     assert [layer.p for layer in model.roi_heads.box_head if isinstance(layer, torch.nn.Dropout)] == [0.5, 0.5]
     assert model.roi_heads.detections_per_img == 100
@@ -223,9 +241,7 @@ def test_small_proposals_go_before_the_best_are_counted(simple):
     boxes = torch.stack([corner, corner, corner + sides, corner + 100], dim=1)
     simple.train().rpn._images = batch
     simple.rpn._pre_nms_top_n = {"training": 2}
-    (found,), _ = simple.rpn.filter_proposals(
-        boxes[None], torch.tensor([[9.0, 1.0, 2.0, 8.0]]), batch.image_sizes, [4]
-    )
+    (found,), _ = simple.rpn.filter_proposals(boxes[None], torch.tensor([[9.0, 1.0, 2.0, 8.0]]), batch.image_sizes, [4])
     torch.testing.assert_close(found, boxes[[2, 1]])
 
 
