@@ -203,6 +203,38 @@ def test_regions_are_drawn_as_by_the_original(caffe):
     np.testing.assert_allclose(moves[labels > 0], regions["moves"], atol=1e-3)
 
 
+@pytest.mark.parametrize(("positive", "negative"), [(500, 500), (10, 500), (500, 100)])
+def test_as_many_anchors_and_regions_are_drawn_as_there_are(positive, negative):
+    """Of 256 anchors half at most are positive, of 128 regions a quarter; others are not drawn in their place."""
+    model = build_model("py_faster_rcnn_vgg16", 3, **SIZES)
+    labels = torch.tensor([1.0] * positive + [0.0] * negative + [-1.0] * 50)
+    for part, count, most in ((model.rpn, 256, 128), (model.roi_heads, 128, 32)):
+        (chosen,), (others,) = part.fg_bg_sampler([labels])
+        assert chosen.sum() == min(positive, most)
+        assert others.sum() == min(negative, count - min(positive, most))
+        assert (labels[chosen.bool()] == 1).all()
+        assert (labels[others.bool()] == 0).all()
+
+
+def test_answers_of_five_percent_count(simple):
+    """And boxes of a class that overlap by 0.3 are one."""
+    box = torch.tensor([[0.0, 0.0, 100.0, 100.0], [0.0, 0.0, 100.0, 28.0], [0.0, 0.0, 100.0, 32.0]])
+    chances = torch.tensor([[0.5, 0.404, 0.049, 0.047], [0.5, 0.051, 0.402, 0.047], [0.5, 0.302, 0.151, 0.047]])
+    found = simple.roi_heads.postprocess_detections(chances.log(), torch.zeros(3, 16), [box], [(200, 200)])
+    (boxes,), (scores,), (labels,) = found
+    assert [(round(s, 3), n) for s, n in zip(scores.tolist(), labels.tolist(), strict=True)] == [
+        (0.404, 1), (0.402, 2), (0.051, 1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("sides", "expected"), [((333, 500), (600, 901)), ((500, 333), (901, 600)), ((300, 640), (469, 1000))]
+)
+def test_sides_are_rounded_to_the_nearest_pixel(simple, sides, expected):
+    batch, _ = simple.transform([torch.rand(3, *sides)])
+    assert batch.image_sizes == [expected]
+
+
 @pytest.mark.parametrize(("overlap", "drawn"), [(0.0, True), (0.09, True), (0.11, False)])
 def test_negatives_may_have_a_least_overlap(overlap, drawn):
     model = build_model("py_faster_rcnn_vgg16", 3, **SIZES, negatives_from=overlap)
