@@ -1,10 +1,15 @@
+import copy
+import io
+
 import pytest
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
+from torch.nn.utils import parametrizations
 
 from tests import reference
 from tests.tract_layers import A_FEW, error, gradients, make
-from tract import NonFiniteError, TrAct, TrActLinear, accumulate
+from tract import NonFiniteError, TrAct, TrActLinear, accumulate, unwrap
 from tract.layers import tract_layers
 
 SPLITS = {"conv1d same": [2, 1], "conv2d everything": [1, 3], "conv2d few rows": [1, 1, 1], "conv3d groups": [1, 1]}
@@ -172,7 +177,7 @@ def test_after_an_error_the_weights_have_their_earlier_gradients():
     with pytest.raises(ZeroDivisionError):
         _failing_step(model, x, direction, ZeroDivisionError())
     assert torch.equal(model[0].weight.grad, earlier)
-    assert model[1].weight.grad is None
+    assert not model[1].weight.grad.any()
 
 
 def test_a_model_without_tract_is_an_error_that_says_what_to_do():
@@ -190,3 +195,150 @@ def test_loss_scaling_comes_out_exactly():
             _backward(wrapped, x[2:], direction[2:] * scale)
         results.append(layer.weight.grad.clone())
     assert torch.equal(results[0] * 2**16, results[1])
+
+
+# -- what others do to gradients, weights and models inside -------------------------------------------
+
+FORGET = {
+    "to None": lambda p: setattr(p, "grad", None),
+    "zero_grad": lambda p: torch.optim.SGD([p], lr=1.0).zero_grad(),
+    "in place": lambda p: torch.optim.SGD([p], lr=1.0).zero_grad(set_to_none=False),
+}
+
+
+@pytest.mark.parametrize("forget", FORGET.values(), ids=FORGET)
+def test_gradients_forgotten_at_the_start_do_not_come_back(forget):
+    layer, x, direction = make("linear")
+    wrapped = TrAct(layer, 0.1)
+    layer.weight.grad = torch.randn(4, 6).double()
+    with accumulate(wrapped):
+        forget(layer.weight)
+        for part, out in zip(x.split(5), direction.split(5), strict=True):
+            _backward(wrapped, part, out)
+    assert error(layer.weight.grad, reference.tract_gradient(layer, x, direction, 0.1)) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["linear", "linear few rows"])
+@pytest.mark.parametrize("at", [1, 2])
+def test_zero_grad_in_the_middle_forgets_the_backward_passes_before_it(name, at):
+    layer, x, direction = make(name)
+    wrapped = TrAct(layer, 0.1)
+    splits = (3, 2, len(x) - 5)
+    with accumulate(wrapped):
+        for k, (part, out) in enumerate(zip(x.split(splits), direction.split(splits), strict=True)):
+            if k == at:
+                wrapped.zero_grad()
+            _backward(wrapped, part, out)
+    left = sum(splits[:at])
+    expected = reference.tract_gradient(layer, x[left:], direction[left:], 0.1)
+    assert error(layer.weight.grad, expected) < 1e-10
+    assert error(layer.bias.grad, direction[left:].sum(0)) < 1e-10
+
+
+def test_after_an_error_gradients_forgotten_inside_stay_forgotten():
+    layer, x, direction = make("linear")
+    wrapped = TrAct(layer, 0.1)
+    layer.weight.grad = torch.randn(4, 6).double()
+    model = nn.ModuleList([wrapped, TrActLinear(6, 4).double()])
+    wrapped.register_forward_pre_hook(lambda *_: wrapped.zero_grad())
+    with pytest.raises(ZeroDivisionError):
+        _failing_step(model, x, direction, ZeroDivisionError())
+    assert not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["linear", "linear few rows"])
+def test_the_gradient_of_another_use_of_the_weight_stays_plain(name):
+    """Tied weights, as of an auto-encoder."""
+    layer, x, direction = make(name)
+    wrapped = TrAct(layer, 0.1)
+    other = torch.randn(3, layer.out_features).double()
+    with accumulate(wrapped):
+        for part, out in zip(x.split(5), direction.split(5), strict=True):
+            ((wrapped(part) * out).sum() + F.linear(other, layer.weight.T).square().sum()).backward()
+    rounds = len(x.split(5))
+    (plain,) = torch.autograd.grad(rounds * F.linear(other, layer.weight.T).square().sum(), layer.weight)
+    assert error(layer.weight.grad, plain + reference.tract_gradient(layer, x, direction, 0.1)) < 1e-10
+
+
+def test_two_layers_may_share_a_weight():
+    layer, x, direction = make("linear")
+    model = nn.ModuleList([TrAct(layer, 0.1), TrAct(layer, 0.3)])
+    with accumulate(model):
+        _backward(model[0], x[:8], direction[:8])
+        _backward(model[1], x[8:], direction[8:])
+    first = reference.tract_gradient(layer, x[:8], direction[:8], 0.1)
+    assert error(layer.weight.grad, first + reference.tract_gradient(layer, x[8:], direction[8:], 0.3)) < 1e-10
+
+
+def _saved(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, _saved], ids=["deepcopy", "save"])
+@pytest.mark.parametrize("name", ["linear", "linear few rows"])
+def test_a_copy_made_inside_is_outside(name, copied):
+    layer, x, direction = make(name)
+    wrapped = TrAct(layer, 0.1)
+    with accumulate(wrapped):
+        _backward(wrapped, x[:3], direction[:3])
+        twin = copied(wrapped)
+        _backward(twin, x, direction)
+        _backward(wrapped, x[3:], direction[3:])
+    expected = reference.tract_gradient(layer, x, direction, 0.1)
+    assert error(twin.weight.grad, expected) < 1e-10
+    assert error(layer.weight.grad, expected) < 1e-10
+
+
+def test_an_input_may_be_overwritten_after_its_backward_pass():
+    layer, x, direction = make("linear few rows")
+    wrapped, buffer = TrAct(layer, 0.1), torch.empty(1, 30).double()
+    with accumulate(wrapped):
+        for part, out in zip(x.split(1), direction.split(1), strict=True):
+            _backward(wrapped, buffer.copy_(part), out)
+    assert error(layer.weight.grad, reference.tract_gradient(layer, x, direction, 0.1)) < 1e-10
+
+
+@pytest.mark.parametrize("rows", [29, 30, 31])
+def test_few_rows_and_many_agree_where_they_meet(rows):
+    torch.manual_seed(1)
+    layer = nn.Linear(30, 4).double()
+    x, direction = torch.randn(rows, 30).double(), torch.randn(rows, 4).double()
+    x[1] = x[0]  # dependent rows
+    wrapped = TrAct(layer, 0.1)
+    with accumulate(wrapped):
+        for part, out in zip(x.split(7), direction.split(7), strict=True):
+            _backward(wrapped, part, out)
+    assert error(layer.weight.grad, reference.tract_gradient(layer, x, direction, 0.1)) < 1e-10
+
+
+def test_an_input_too_long_for_its_second_moment():
+    """With n = 150,528 the matrix X^T X would take 181 GB."""
+    layer = nn.Linear(224 * 224 * 3, 2)
+    x, direction = torch.randn(6, 224 * 224 * 3), torch.randn(6, 2)
+    wrapped = TrAct(layer, 0.1)
+    _backward(wrapped, x, direction)
+    expected = layer.weight.grad.clone()
+    layer.zero_grad()
+    with accumulate(wrapped):
+        for part, out in zip(x.split(2), direction.split(2), strict=True):
+            _backward(wrapped, part, out)
+    assert error(layer.weight.grad, expected) < 1e-6
+
+
+def test_a_computed_weight_is_refused():
+    wrapped = parametrizations.weight_norm(TrActLinear(6, 4))
+    with pytest.raises(RuntimeError, match=r"got one that is computed.*without tract\.accumulate"), accumulate(wrapped):
+        pass
+
+
+def test_unwrapping_inside_is_refused():
+    layer, x, direction = make("linear")
+    model = nn.Sequential(TrAct(layer, 0.1))
+    with accumulate(model):
+        with pytest.raises(RuntimeError, match=r"outside of tract\.accumulate"):
+            unwrap(model)
+        _backward(model, x, direction)
+    assert error(layer.weight.grad, reference.tract_gradient(layer, x, direction, 0.1)) < 1e-10

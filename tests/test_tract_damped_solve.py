@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.tract_layers import error
-from tract.damped_solve import damped_solve, damped_solve_dual, effective_damping
+from tract.damped_solve import damped_solve, damped_solve_dual, damped_solve_rows, effective_damping
 
 EPS = torch.finfo(torch.float64).eps
 SIZES = [(1, 4, 6, 30), (1, 4, 6, 3), (3, 2, 5, 8), (3, 2, 5, 1), (1, 1, 1, 1), (2, 7, 40, 12)]
@@ -33,6 +33,42 @@ def test_dual_form_equals_primal_form(size, damping):
     output_gradient, gradient, rows, moment = _problem(*size)
     primal, dual = damped_solve(gradient, moment, damping)[0], damped_solve_dual(output_gradient, rows, damping)[0]
     assert error(dual, primal) < 1e-10
+
+
+@pytest.mark.parametrize("damping", [1e-4, 0.1, 10.0])
+@pytest.mark.parametrize("size", [size for size in SIZES if size[3] <= size[2]])
+def test_form_of_gradient_and_rows_equals_the_others(size, damping):
+    output_gradient, gradient, rows, _ = _problem(*size)
+    expected, _ = damped_solve_dual(output_gradient, rows, damping)
+    product, succeeded = damped_solve_rows(gradient, rows, damping)
+    assert succeeded
+    assert error(product, expected) < 1e-9
+
+
+def test_what_rounding_has_put_outside_the_rows_falls_away():
+    output_gradient, gradient, rows, moment = _problem(1, 4, 30, 3)
+    expected, _ = damped_solve_dual(output_gradient, rows, 1e-6)
+    rounded = gradient.float()
+    assert error(damped_solve_rows(rounded, rows, 1e-6)[0], expected) < 1e-6
+    assert error(damped_solve(rounded, moment, 1e-6)[0], expected) > 1e-3
+
+
+@pytest.mark.parametrize("copies", [0, 2, 5])
+def test_dependent_rows_are_as_good_as_others(copies):
+    output_gradient, gradient, rows, _ = _problem(2, 4, 40, 4)
+    rows = torch.cat([rows, *[rows[..., :1]] * copies, torch.zeros(2, 40, 1).double()], dim=-1)
+    output_gradient = torch.cat([output_gradient, output_gradient.new_zeros(2, 4, copies + 1)], dim=-1)
+    expected, _ = damped_solve_dual(output_gradient, rows, 0.1)
+    assert error(damped_solve_rows(gradient, rows, 0.1)[0], expected) < 1e-9
+
+
+def test_without_rows_there_is_no_update():
+    product, succeeded = damped_solve_rows(torch.zeros(1, 4, 6), torch.zeros(1, 6, 0).double(), 0.1)
+    assert succeeded
+    assert torch.equal(product, torch.zeros(1, 4, 6).double())
+    product, succeeded = damped_solve_rows(torch.zeros(1, 4, 6), torch.zeros(1, 6, 2).double(), 0.1)
+    assert succeeded
+    assert torch.equal(product, torch.zeros(1, 4, 6).double())
 
 
 @pytest.mark.parametrize("solve", [damped_solve, damped_solve_dual])

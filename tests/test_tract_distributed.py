@@ -21,6 +21,16 @@ def test_ddp_gradient_is_plain_ddp_gradient_times_inverse_of_global_second_momen
 
 
 @pytest.mark.parametrize("world", [2, 4])
+def test_rows_that_are_too_long_for_an_exchange_of_their_second_moment(world, tmp_path):
+    _check(worker.long_rows, world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_fully_shard_with_and_without_accumulation(world, tmp_path):
+    _check(worker.sharded, world, tmp_path)
+
+
+@pytest.mark.parametrize("world", [2, 4])
 def test_accumulation_over_ranks_and_micro_batches_counts_as_one_batch(world, tmp_path):
     _check(worker.global_accumulation, world, tmp_path)
 

@@ -125,6 +125,7 @@ def test_an_overflowing_loss_scale_skips_the_step_and_is_lowered(name):
 @everywhere
 @pytest.mark.parametrize("dtype", HALVES)
 def test_autocast_inside_accumulate_gives_the_sum_of_plain_gradients_times_the_common_inverse(name, dtype):
+    """With few rows, of the part of it that is in the rows' space: the rest is rounding."""
     layer, x, direction = _make(name)
     parts = list(zip(x.split(2), direction.split(2), strict=True))
     plain = sum(_autocast_gradients(reference.plain_gradients, layer, *part, dtype)[1] for part in parts)
@@ -133,5 +134,8 @@ def test_autocast_inside_accumulate_gives_the_sum_of_plain_gradients_times_the_c
         for part, out in parts:
             with torch.autocast("cpu", dtype):
                 (wrapped(part) * out).sum().backward()
+    if name.endswith("few rows"):
+        (rows,) = reference.rows(layer, x)
+        plain = (plain.double().flatten(1) @ torch.linalg.pinv(rows) @ rows).view_as(plain)
     expected = reference.preconditioned(plain, reference.second_moment(layer, x), 0.1)
     assert error(layer.weight.grad, expected) < 100 * EPS

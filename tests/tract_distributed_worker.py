@@ -7,11 +7,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from tests import reference
 from tests.tract_layers import LAYERS, error
-from tract import NonFiniteError, accumulate, apply_tract
+from tract import NonFiniteError, accumulate, apply_tract, second_moment
 
 STEMS = ("linear", "linear few rows", "conv2d groups", "conv2d few rows", "conv1d same")
 SPLITS = {"equal": (3, 3, 3, 3), "unequal": (5, 1, 2, 4)}
@@ -97,13 +99,62 @@ def global_accumulation(rank, world):
 
 
 def local_accumulation(rank, world):
-    """With statistics="local" accumulation applies the inverse of this rank's own micro-batches."""
+    """With statistics="local" each rank applies the inverse of its own micro-batches; the products are averaged."""
     for stem in STEMS:
-        plain, ddp, wrapped, x, _ = _problem(stem, (4,) * world, rank, statistics="local")
-        parts = x.split([1, 3])
-        actual = _accumulated(wrapped, parts, accumulate(wrapped))
-        moment = reference.second_moment(plain[0], x)
-        _assert_gradients(actual, _accumulated(ddp, parts, nullcontext()), moment)
+        sizes = (4, 6, 2, 3)[:world]
+        plain, _, wrapped, x, batches = _problem(stem, sizes, rank, statistics="local")
+        own = [
+            reference.preconditioned(
+                sum(_gradients(plain, part)[0] for part in batch.split(2)),
+                reference.second_moment(plain[0], batch),
+                0.1,
+            )
+            for batch in batches
+        ]
+        actual = _accumulated(wrapped, x.split(2), accumulate(wrapped))
+        assert error(actual[0], sum(own) / world) < 1e-10
+
+
+def long_rows(rank, world):
+    """Rows that are too long for an exchange of X^T X give the same gradient, whether few or many in all."""
+    second_moment.SHARED_ROW_LENGTH = 5
+    for stem in STEMS:
+        for sizes in ((1, 2, 1, 1), (5, 1, 2, 4), (12, 1, 1, 3)):
+            plain, ddp, wrapped, x, batches = _problem(stem, sizes[:world], rank)
+            moment = reference.second_moment(plain[0], torch.cat(batches[:world]))
+            _assert_gradients(_gradients(wrapped, x), _gradients(ddp, x), moment)
+            parts = x.split(2)
+            _, ddp, wrapped, *_ = _problem(stem, sizes[:world], rank)
+            actual = _accumulated(wrapped, parts, accumulate(wrapped))
+            _assert_gradients(actual, _accumulated(ddp, parts, nullcontext()), moment)
+
+
+def sharded(rank, world):
+    """fully_shard: gradients of the shards are those of plain DDP times the global inverse, with accumulation too."""
+    for stem in STEMS:
+        sizes = (4, 6, 2, 3)[:world]
+        plain, ddp, wrapped, x, batches = _problem(stem, sizes, rank)
+        moment = reference.second_moment(plain[0], torch.cat(batches))
+        model = fully_shard(copy.deepcopy(wrapped.module))
+        assert isinstance(model[0].weight, DTensor)
+
+        def whole(model=model):
+            return [p.grad.full_tensor() for p in model.parameters()]
+
+        model(x).square().mean().backward()
+        first, *others = _gradients(ddp, x)
+        assert error(whole()[0], reference.preconditioned(first, moment, 0.1)) < 1e-10
+        assert all(error(a, b) < 1e-12 for a, b in zip(whole()[1:], others, strict=True))
+        model.zero_grad()
+        parts = x.split([1, len(x) - 1])  # fully_shard gathers the weights in each forward pass of all ranks
+        with accumulate(model):
+            model.zero_grad()
+            for i, part in enumerate(parts):
+                model.set_requires_gradient_sync(i == len(parts) - 1)
+                model(part).square().mean().backward()
+        first, *others = _accumulated(ddp, parts, nullcontext())
+        assert error(whole()[0], reference.preconditioned(first, moment, 0.1)) < 1e-10
+        assert all(error(a, b) < 1e-12 for a, b in zip(whole()[1:], others, strict=True))
 
 
 def non_finite_input_of_one_rank(rank, world):

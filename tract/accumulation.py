@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch.nn as nn
-from torch import Tensor
 
 from tract.layers import TrActLayer, tract_layers
 
@@ -19,19 +18,22 @@ def accumulate(model: nn.Module) -> Iterator[None]:
 
         (sum_k G_k) (sum_k X_k^T X_k / sum_k b_k + lambda I)^-1,
 
-    which is not the sum of the gradients of the parts. Inside the context the wrapped
-    layers gather plain gradients and second moments; leaving it applies the inverse once
-    (over all ranks, unless ``statistics="local"``). Leave it before the optimizer step and,
-    with fp16, before ``scaler.unscale_``. Gradients that were there before are added
-    unchanged. After an error the layers are as they were before, and so are the gradients of
-    their weights.
+    which is not the sum of the gradients of the parts. Inside the context the wrapped layers
+    gather plain gradients, apart from their weights' .grad, and second moments; leaving it adds
+    the product (over all ranks, unless ``statistics="local"``). Leave it before the optimizer
+    step and, with fp16, before ``scaler.unscale_``. Gradients that are there already, of
+    the step before or of other uses of a tied weight, stay what they are. A ``zero_grad()`` that
+    sets gradients to None (the default) forgets the backward passes before it here too. After an
+    error what was gathered is dropped.
 
-    With DistributedDataParallel use ``no_sync()`` for all micro-batches but the last, as
-    without TrAct. A penalty on the wrapped weight itself belongs after the context.
+    On several ranks the product is averaged over them, as DistributedDataParallel averages the
+    other gradients; use ``no_sync()`` for all micro-batches but the last, as without TrAct.
+    With ``fully_shard`` nothing is to be done. A penalty on the wrapped weight itself belongs
+    after the context.
 
     Raises:
         ValueError: the model has no TrAct layer.
-        RuntimeError: contexts are nested.
+        RuntimeError: contexts are nested, or a weight is computed from others.
 
     Example:
         >>> import torch, tract
@@ -43,15 +45,14 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     layers = list(tract_layers(model))
     if not layers:
         raise ValueError("expected a model with a TrAct layer, got none; call tract.apply_tract(model) first.")
-    begun: list[tuple[TrActLayer, Tensor | None]] = []
+    begun: list[TrActLayer] = []
     try:
         for layer in layers:
-            begun.append((layer, layer.begin_accumulation()))
+            layer.begin_accumulation()
+            begun.append(layer)
         yield
-        for layer, earlier in begun:
-            layer.end_accumulation(earlier)
-    except BaseException:
-        for layer, earlier in begun:
+        for layer in layers:
+            layer.end_accumulation()
+    finally:
+        for layer in begun:
             layer.drop_accumulation()
-            layer.weight.grad = earlier
-        raise

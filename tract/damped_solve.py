@@ -81,6 +81,34 @@ def damped_solve_dual(output_gradient: Tensor, rows: Tensor, damping: float) -> 
     return _right_solve(output_gradient.to(rows.dtype), factor) @ rows.mT, (info == 0).all()
 
 
+def damped_solve_rows(gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The same product from the gradient and the rows, with b x b factorisations, for b < n.
+
+    G (X^T X / b + lambda I)^-1 = G X^T (X X^T)^-1 (X X^T / b + lambda I)^-1 X for a G whose rows
+    are in the row space of X, as those of a layer's gradient are. What rounding has put outside
+    falls away with G X^T, so it is not multiplied by 1 / lambda.
+
+    Args:
+        gradient: G, shape (g, m, n).
+        rows: X^T, shape (g, n, b), float64; dependent rows are as good as others.
+        damping: lambda > 0.
+
+    Returns:
+        As :func:`damped_solve`; zero without rows.
+    """
+    b = rows.shape[-1]
+    if b == 0:
+        return torch.zeros_like(gradient, dtype=rows.dtype), torch.ones((), dtype=torch.bool, device=rows.device)
+    gram = rows.mT @ rows
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    identity = torch.eye(b, dtype=gram.dtype, device=gram.device)
+    nearly_zero = (trace * b * _ROUNDINGS_OF_TRACE).clamp(min=torch.finfo(gram.dtype).tiny)
+    projection, _ = torch.linalg.cholesky_ex(gram + nearly_zero[:, None, None] * identity)
+    factor, info = torch.linalg.cholesky_ex(gram / b + effective_damping(damping, trace / b)[:, None, None] * identity)
+    inside = _right_solve(gradient.to(rows.dtype) @ rows, projection)
+    return _right_solve(inside, factor) @ rows.mT, (info == 0).all()
+
+
 def _right_solve(left: Tensor, factor: Tensor) -> Tensor:
     """left (L L^T)^-1 for a lower Cholesky factor L."""
     half = torch.linalg.solve_triangular(factor.mT, left, upper=True, left=False)

@@ -31,3 +31,44 @@ def global_mean(total: Tensor, rows: Tensor, everywhere: bool) -> Tensor:
         dist.all_reduce(packed)
         total, rows = packed[:-1].view_as(total), packed[-1:]
     return total / rows.clamp(min=1)
+
+
+def mean_over_ranks(product: Tensor) -> Tensor:
+    """The mean of a tensor over all ranks, each of which makes the call; changes it in place."""
+    dist.all_reduce(product)
+    return product.div_(world_size())
+
+
+@torch.compiler.disable  # the numbers of rows decide what follows
+def all_rows_if_few(rows: Tensor | None, groups: int, n: int, device: torch.device) -> Tensor | None:
+    """The rows of all ranks, (g, n, sum of b), if they are fewer than n; every rank must make the call.
+
+    The host waits for the numbers of rows.
+
+    Args:
+        rows: of this rank, shape (g, n, b), float64, b of any size; None says that there are n or more.
+        groups: g.
+        n: the length of a row.
+        device: where the numbers are exchanged.
+    """
+    own = n if rows is None else rows.shape[-1]
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
+    counts[dist.get_rank()] = own
+    dist.all_reduce(counts)
+    counts = counts.tolist()
+    if sum(counts) >= n:
+        return None
+    padded = rows.new_zeros((groups, n, max(counts)))
+    padded[..., :own] = rows
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[..., :count] for part, count in zip(parts, counts, strict=True)], dim=-1)
+
+
+def sharded_like(weight: Tensor, whole: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, as ``fully_shard`` has cut the weight; else the tensor."""
+    if not hasattr(weight, "device_mesh"):
+        return whole
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, weight.device_mesh, weight.placements, src_data_rank=None)

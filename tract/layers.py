@@ -20,23 +20,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from numbers import Real
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tract.distributed import world_size
+from tract.distributed import all_rows_if_few, sharded_like, world_size
+from tract.gathered import Gathered
 from tract.ops import (
     FirstDerivativeOnly,
+    PreconditionByRows,
     PreconditionDual,
     PreconditionWeight,
-    damped_solve_op,
     mean_moment_op,
     second_moment_op,
 )
-from tract.second_moment import Geometry
+from tract.second_moment import Geometry, unfold
 
 DEFAULT_LAMBDA = 0.1
 Statistics = Literal["global", "local"]
@@ -60,9 +61,11 @@ class TrActLayer(nn.Module):
     def _configure(self, lambda_: float | None, l: float | None, statistics: Statistics) -> None:  # noqa: E741
         self.lambda_, self.statistics = checked_options(lambda_, l, statistics)
         self.label = type(self).__name__
-        # X^T X and b over the micro-batches of one optimizer step, inside `accumulate`.
-        self._total: Tensor | None = None
-        self._rows: Tensor | None = None
+        self._gathered: Gathered | None = None  # inside `accumulate`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is gathered: a copy made inside `accumulate` is a layer outside of it."""
+        return super().__getstate__() | {"_gathered": None}
 
     def _geometry(self) -> Geometry:
         # Read anew each time: options such as stride are often changed on a finished layer.
@@ -76,54 +79,62 @@ class TrActLayer(nn.Module):
         weight, geometry = self.weight, self._geometry()
         if not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
             return self._plain_forward(x, weight, self.bias)
-        everywhere = self.statistics == "global" and world_size() > 1
         rows = geometry.count_rows(x)
-        numbers = geometry.numbers()
-        if self._total is not None:
-            self._total.add_(second_moment_op(x.detach(), numbers))
-            self._rows.add_(rows)
-        elif 0 < rows < geometry.row_length and not everywhere:
+        if self._gathered is not None:
+            weight = self._gathered.take(x, weight, rows)
+        elif 0 < rows < geometry.row_length and not self._everywhere:
             output = self._plain_forward(x, weight.detach(), self.bias)
-            return PreconditionDual.apply(output, weight, x.detach(), numbers, self.lambda_, self.label)
+            return PreconditionDual.apply(output, weight, x.detach(), geometry.numbers(), self.lambda_, self.label)
         else:
-            total = second_moment_op(x.detach(), numbers)
-            moment = mean_moment_op(total, total.new_full((1,), rows), everywhere, self.label)
-            weight = PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
+            weight = self._preconditioned(weight, x, geometry, rows)
         return FirstDerivativeOnly.apply(self._plain_forward(x, weight, self.bias))
 
-    def begin_accumulation(self) -> Tensor | None:
-        """Gather statistics instead of applying them; returns the gradient that was there.
+    @property
+    def _everywhere(self) -> bool:
+        return self.statistics == "global" and world_size() > 1
+
+    def _preconditioned(self, weight: Tensor, x: Tensor, geometry: Geometry, rows: int) -> Tensor:
+        n = geometry.row_length
+        if self._everywhere and geometry.is_long:
+            own = unfold(x, geometry) if rows < n else None
+            few = all_rows_if_few(own, geometry.groups, n, x.device)
+            if few is not None:
+                return PreconditionByRows.apply(weight, few, self.lambda_, self.label)
+        total = second_moment_op(x.detach(), geometry.numbers())
+        moment = mean_moment_op(total, total.new_full((1,), rows), self._everywhere, self.label)
+        return PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
+
+    def begin_accumulation(self) -> None:
+        """Gather gradient and statistics instead of applying them.
 
         Use :func:`tract.accumulate`, which calls this.
         """
-        if self._total is not None:
+        if self._gathered is not None:
             raise RuntimeError(
                 f"TrAct layer {self.label}: expected one tract.accumulate at a time, got a second inside "
                 "the first; open it once per optimizer step."
             )
-        earlier = None if self.weight.grad is None else self.weight.grad.clone()
-        self.weight.grad = None
-        geometry = self._geometry()
-        n, groups = geometry.row_length, geometry.groups
-        self._total = self.weight.new_zeros((groups, n, n), dtype=torch.float64)
-        self._rows = self._total.new_zeros(1)  # not a scalar: torch 2.11 loses additions to one when compiled
-        return earlier
+        if not self.weight.is_leaf:
+            raise RuntimeError(
+                f"TrAct layer {self.label}: expected a weight that is a parameter, got one that is computed from "
+                "others; remove the parametrization, or do without tract.accumulate."
+            )
+        self._gathered = Gathered(self.weight, self._geometry(), self._everywhere)
 
     @torch.no_grad()
-    def end_accumulation(self, earlier: Tensor | None) -> None:
-        """Turn the summed plain gradient into the TrAct gradient of all micro-batches."""
-        total, rows = self.drop_accumulation()
-        moment = mean_moment_op(total, rows, self.statistics == "global", self.label)
-        if self.weight.grad is not None:
-            self.weight.grad.copy_(damped_solve_op(self.weight.grad, moment, self.lambda_, self.label))
-        if earlier is not None:
-            self.weight.grad = earlier if self.weight.grad is None else self.weight.grad.add_(earlier)
+    def end_accumulation(self) -> None:
+        """Add the TrAct gradient of all micro-batches to the weight's gradient."""
+        gathered, weight = self.drop_accumulation(), self.weight
+        product = gathered.gradient(self.lambda_, self.label)
+        if product is None or not weight.requires_grad:
+            return
+        product = sharded_like(weight, product)
+        weight.grad = product if weight.grad is None else weight.grad.add_(product)
 
-    def drop_accumulation(self) -> tuple[Tensor, Tensor]:
-        """Leave the gathering state and return (X^T X, b) of this rank."""
-        statistics = self._total, self._rows
-        self._total = self._rows = None
-        return statistics
+    def drop_accumulation(self) -> Gathered:
+        """Leave the gathering state and return what was gathered."""
+        gathered, self._gathered = self._gathered, None
+        return gathered
 
     def extra_repr(self) -> str:
         """The plain layer's options and lambda_."""
@@ -202,7 +213,7 @@ WRAPPED = {
     nn.Conv2d: TrActConv2d,
     nn.Conv3d: TrActConv3d,
 }
-_OWN_STATE = ("lambda_", "statistics", "label", "_total", "_rows")
+_OWN_STATE = ("lambda_", "statistics", "label", "_gathered")
 
 
 def TrAct(  # noqa: N802
@@ -249,6 +260,10 @@ def TrAct(  # noqa: N802
 
 def unwrapped(layer: TrActLayer) -> nn.Module:
     """The plain layer with the same tensors, hooks and options."""
+    if getattr(layer, "_gathered", None) is not None:
+        raise RuntimeError(
+            f"TrAct layer {layer.label}: expected to be outside of tract.accumulate, got unwrap inside; leave it first."
+        )
     plain_types = [plain for plain, wrapped in WRAPPED.items() if wrapped is type(layer)]
     if not plain_types:
         raise TypeError(

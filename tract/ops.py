@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tract.damped_solve import damped_solve, damped_solve_dual
+from tract.damped_solve import damped_solve, damped_solve_dual, damped_solve_rows
 from tract.distributed import global_mean
 from tract.finite import require
 from tract.second_moment import Geometry, output_columns, second_moment, unfold
@@ -77,12 +77,28 @@ def _(output_gradient, x, geometry, damping, layer):
     return output_gradient.new_empty((how.groups, outputs // how.groups, how.row_length), dtype=torch.float64)
 
 
+@torch.library.custom_op("tract::damped_solve_rows", mutates_args=())
+def damped_solve_rows_op(gradient: Tensor, rows: Tensor, damping: float, layer: str) -> Tensor:
+    """G (X^T X / b + lambda I)^-1 in the shape and dtype of G, from rows (g, n, b), float64."""
+    require(torch.isfinite(rows.sum()), _non_finite(layer))
+    groups, n, _ = rows.shape
+    product, succeeded = damped_solve_rows(gradient.reshape(groups, -1, n), rows, damping)
+    require(succeeded, _not_factorised(layer, damping))
+    return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
+
+
+@damped_solve_rows_op.register_fake
+def _(gradient, rows, damping, layer):
+    return gradient.new_empty(gradient.shape)
+
+
 def _no_second_derivative(ctx, *gradients):
     raise RuntimeError(_SECOND_DERIVATIVE)
 
 
 damped_solve_op.register_autograd(_no_second_derivative)
 damped_solve_dual_op.register_autograd(_no_second_derivative)
+damped_solve_rows_op.register_autograd(_no_second_derivative)
 
 
 def _non_finite(layer: str) -> str:
@@ -109,7 +125,7 @@ class PreconditionWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """Keep the (g, n, n) second moment, nothing of the size of the input."""
+        """Keep the second moment or the rows."""
         _, moment, ctx.damping, ctx.layer = inputs
         ctx.save_for_backward(moment)
 
@@ -118,6 +134,37 @@ class PreconditionWeight(torch.autograd.Function):
         """The preconditioned weight gradient."""
         (moment,) = ctx.saved_tensors
         return damped_solve_op(gradient, moment, ctx.damping, ctx.layer), None, None, None
+
+
+class PreconditionByRows(PreconditionWeight):
+    """The same with the rows (g, n, b) of all ranks in place of their second moment, for b < n."""
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """The preconditioned weight gradient."""
+        (rows,) = ctx.saved_tensors
+        return damped_solve_rows_op(gradient, rows, ctx.damping, ctx.layer), None, None, None
+
+
+class GradientApart(torch.autograd.Function):
+    """Identity on the weight; its gradient goes to ``apart``, and a zero to the weight.
+
+    So that the weight takes part in the backward pass, as DistributedDataParallel expects.
+    """
+
+    @staticmethod
+    def forward(weight: Tensor, apart: Tensor) -> Tensor:
+        """The weight itself (a view)."""
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        """Zero and the gradient."""
+        return gradient.new_zeros(()).expand(gradient.shape), _first_derivative(gradient)
 
 
 class _EndOfDifferentiation(torch.autograd.Function):

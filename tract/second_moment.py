@@ -22,6 +22,9 @@ from torch import Tensor
 # Elements of the float64 work buffer: 32 MiB on the CPU, 256 MiB elsewhere.
 _BUFFER_ELEMENTS = {"cpu": 2**22}
 _BUFFER_ELEMENTS_ACCELERATOR = 2**25
+# Ranks exchange X^T X, which is n x n, up to this n (512 MiB of float64). For longer rows they ask each other whether
+# there are fewer than n, and exchange the rows themselves.
+SHARED_ROW_LENGTH = 8192
 _PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
 
 
@@ -60,6 +63,11 @@ class Geometry:
     def row_length(self) -> int:
         """n, the length of one row of one group."""
         return self.channels // self.groups * math.prod(self.kernel)
+
+    @property
+    def is_long(self) -> bool:
+        """Whether n x n numbers are too many to exchange without asking whether there are fewer rows."""
+        return self.row_length > SHARED_ROW_LENGTH
 
     def output_size(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """Output positions along each spatial dimension, as torch's convolutions count them."""

@@ -1,0 +1,103 @@
+"""What a layer gathers inside :func:`tract.accumulate`: its plain gradient and what its rows say."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tract.distributed import all_rows_if_few, mean_over_ranks, world_size
+from tract.ops import GradientApart, damped_solve_op, damped_solve_rows_op, mean_moment_op, second_moment_op
+from tract.second_moment import Geometry, unfold
+
+
+class Gathered:
+    """The plain gradient G of this layer's calls, apart from that of other uses of its weight, and X^T X and b.
+
+    While there are fewer rows than row elements, b < n, the inputs are kept instead of the n x n
+    matrix X^T X. On several ranks that share their rows this would need their numbers; they are
+    exchanged only where n x n numbers are many (``Geometry.is_long``).
+
+    Args:
+        weight: the layer's parameter, whole or sharded.
+        geometry: how the layer cuts rows out of its inputs.
+        everywhere: whether the rows of all ranks count.
+    """
+
+    def __init__(self, weight: Tensor, geometry: Geometry, everywhere: bool):
+        self._weight, self._geometry, self._everywhere = weight, geometry, everywhere
+        # A leaf that takes no memory; autograd adds G up in its .grad.
+        zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
+        self._apart = zero.expand(weight.shape).requires_grad_()
+        self._keep_inputs = not everywhere or geometry.is_long
+        self._forget()
+
+    def _forget(self) -> None:
+        self._apart.grad = None
+        self._inputs: list[Tensor] = []
+        self._kept = 0  # rows in these inputs
+        self._total: Tensor | None = None
+        self._rows: Tensor | None = (
+            None  # b of the total; not a scalar: torch 2.11 loses additions to one when compiled
+        )
+
+    def take(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
+        """Count the rows of an input, and return the weight to multiply it with."""
+        compiled = torch.compiler.is_compiling()
+        if not compiled and weight is self._weight and weight.grad is None and self._apart.grad is not None:
+            self._forget()  # zero_grad() has forgotten the gradients of the backward passes until here
+        if not compiled and self._keep_inputs and self._kept + rows < self._geometry.row_length:
+            self._inputs.append(x.detach().clone())
+            self._kept += rows
+        else:
+            self._add(x, rows)
+        return GradientApart.apply(weight, self._apart)
+
+    def _add(self, x: Tensor, rows: int) -> None:
+        moment = second_moment_op(x.detach(), self._geometry.numbers())
+        if self._total is None:
+            self._total, self._rows = moment, moment.new_zeros(1)
+        else:
+            self._total.add_(moment)
+        self._rows.add_(rows)
+
+    def _sum_up(self) -> None:
+        for x in self._inputs:
+            self._add(x, self._geometry.count_rows(x))
+        if self._total is None:
+            n = self._geometry.row_length
+            self._total = self._apart.new_zeros((self._geometry.groups, n, n), dtype=torch.float64)
+            self._rows = self._total.new_zeros(1)
+
+    @torch.no_grad()
+    def gradient(self, damping: float, layer: str) -> Tensor | None:
+        """G (X^T X / b + damping I)^-1, or None without a backward pass on this only rank.
+
+        On several ranks the mean of their products, as DistributedDataParallel gives it.
+
+        Raises:
+            tract.NonFiniteError: an input of any rank was not finite.
+        """
+        plain = self._apart.grad
+        if plain is None:
+            plain = self._apart
+        rows = self._all_rows()
+        if rows is not None:
+            product = damped_solve_rows_op(plain, rows, damping, layer)
+        else:
+            self._sum_up()
+            moment = mean_moment_op(self._total, self._rows, self._everywhere, layer)
+            product = damped_solve_op(plain, moment, damping, layer)
+        if world_size() > 1:
+            return mean_over_ranks(product)
+        return None if self._apart.grad is None else product
+
+    def _all_rows(self) -> Tensor | None:
+        """The rows of all inputs (g, n, b), float64, where they are fewer than n."""
+        if not self._keep_inputs:
+            return None
+        n, groups = self._geometry.row_length, self._geometry.groups
+        empty = self._apart.new_zeros((groups, n, 0), dtype=torch.float64)
+        own = torch.cat([empty, *(unfold(x, self._geometry) for x in self._inputs)], dim=-1)
+        if self._everywhere:
+            return all_rows_if_few(own if self._total is None else None, groups, n, self._apart.device)
+        return own if self._total is None else None
