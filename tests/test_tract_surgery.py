@@ -1,6 +1,10 @@
+import ast
 import logging
+import re
+import warnings
 
 import pytest
+import timm
 import torch
 import torch.nn as nn
 
@@ -44,6 +48,62 @@ def test_a_named_layer_is_taken(name):
 def test_with_an_example_the_first_layer_in_order_of_use_is_taken():
     assert apply_tract(HeadFirst()) == "head"
     assert apply_tract(HeadFirst(), example=torch.randn(2, 3, 5, 5)) == "stem.0"
+
+
+class SideBySide(nn.Module):
+    """Two convolutions on the same image, one on a smaller one, and one further inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Conv2d(3, 8, 3, padding=1)
+        self.narrow = nn.Conv2d(3, 8, 1)
+        self.small = nn.Conv2d(3, 4, 3, padding=1)
+        self.inside = nn.Conv2d(8, 8, 3)
+        self.text = nn.Linear(3, 8)
+
+    def forward(self, x):
+        whole = self.inside(self.narrow(x) + self.wide(x)).mean()
+        return whole + self.small(x[..., ::2, ::2]).mean()
+
+
+def test_first_layers_side_by_side_are_named_or_all_taken():
+    """As of RepVGG, FastViT and CrossViT."""
+    with pytest.warns(UserWarning, match=r"put on wide, not on narrow, small,.*layer=\['wide', 'narrow', 'small'\]"):
+        assert apply_tract(model := SideBySide()) == "wide"
+    assert _tract_names(model) == ["wide"]
+    assert apply_tract(model := SideBySide(), example=torch.randn(2, 3, 8, 8)) == "narrow, wide"
+    assert sorted(_tract_names(model)) == ["narrow", "wide"]
+    assert apply_tract(model := SideBySide(), layer=["small", "wide", "small"]) == "small, wide"
+    assert _tract_names(model) == ["wide", "small"]
+    assert {model.small.label, model.wide.label} == {"small", "wide"}
+
+
+@pytest.mark.parametrize("name", ["repvgg_a0", "fastvit_t8", "mobileone_s0"])
+def test_published_networks_with_several_first_layers_are_named(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with pytest.warns(UserWarning, match="not on stem") as warned:
+        first = apply_tract(model)
+    layers = ast.literal_eval(re.search(r"layer=(\[.*?\])", str(warned[0].message))[1])
+    assert first in layers
+    assert len(layers) == 2
+    assert all(model.get_submodule(layer).in_channels == 3 for layer in layers)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_tiny_patch16_224", "convnext_tiny", "coat_tiny", "mixer_s16_224"])
+def test_networks_with_one_first_layer_need_no_word(name):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_tract(model)
+
+
+def test_one_wrong_name_of_several_leaves_the_model_as_it_was():
+    model = SideBySide()
+    with pytest.raises(ValueError, match="got 'wied'; nearest: wide"):
+        apply_tract(model, layer=["narrow", "wied"])
+    assert _tract_names(model) == []
 
 
 def test_the_example_leaves_no_trace():

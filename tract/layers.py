@@ -76,8 +76,16 @@ class TrActLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The plain layer's output; records what the weight gradient will need."""
+        if isinstance(x, torch.fx.Proxy):  # torch.fx takes the layer as a whole, as it does the plain one
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         weight, geometry = self.weight, self._geometry()
-        if not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
+        if torch.jit.is_tracing() and self.training:
+            raise RuntimeError(
+                f"TrAct layer {self.label}: expected a model in evaluation for torch.jit.trace, whose graph cannot "
+                "train with TrAct, got one in training; call model.eval() first."
+            )
+        exported = (torch.compiler.is_exporting() or torch.jit.is_tracing()) and not self.training
+        if exported or not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
             return self._plain_forward(x, weight, self.bias)
         rows = geometry.count_rows(x)
         if self._gathered is not None:
@@ -88,6 +96,13 @@ class TrActLayer(nn.Module):
         else:
             weight = self._preconditioned(weight, x, geometry, rows)
         return FirstDerivativeOnly.apply(self._plain_forward(x, weight, self.bias))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Refuses torch.jit.script, which would put what is returned here into the model itself."""
+        raise RuntimeError(
+            f"TrAct layer {self.label}: expected plain layers for torch.jit.script, got TrAct; script "
+            "tract.unwrap(copy.deepcopy(model)), which computes the same."
+        )
 
     @property
     def _everywhere(self) -> bool:

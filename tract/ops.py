@@ -92,15 +92,6 @@ def _(gradient, rows, damping, layer):
     return gradient.new_empty(gradient.shape)
 
 
-def _no_second_derivative(ctx, *gradients):
-    raise RuntimeError(_SECOND_DERIVATIVE)
-
-
-damped_solve_op.register_autograd(_no_second_derivative)
-damped_solve_dual_op.register_autograd(_no_second_derivative)
-damped_solve_rows_op.register_autograd(_no_second_derivative)
-
-
 def _non_finite(layer: str) -> str:
     return (
         f"TrAct layer {layer}: expected finite inputs (with finite squares), got inf or nan; check the data and its "
@@ -133,7 +124,8 @@ class PreconditionWeight(torch.autograd.Function):
     def backward(ctx, gradient: Tensor):
         """The preconditioned weight gradient."""
         (moment,) = ctx.saved_tensors
-        return damped_solve_op(gradient, moment, ctx.damping, ctx.layer), None, None, None
+        product = damped_solve_op(gradient.detach(), moment, ctx.damping, ctx.layer)
+        return _first_derivative(product), None, None, None
 
 
 class PreconditionByRows(PreconditionWeight):
@@ -143,7 +135,8 @@ class PreconditionByRows(PreconditionWeight):
     def backward(ctx, gradient: Tensor):
         """The preconditioned weight gradient."""
         (rows,) = ctx.saved_tensors
-        return damped_solve_rows_op(gradient, rows, ctx.damping, ctx.layer), None, None, None
+        product = damped_solve_rows_op(gradient.detach(), rows, ctx.damping, ctx.layer)
+        return _first_derivative(product), None, None, None
 
 
 class GradientApart(torch.autograd.Function):
@@ -233,7 +226,7 @@ class PreconditionDual(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         """The output's gradient as it is, and the weight gradient."""
-        gradient = _first_derivative(gradient)
         (x,) = ctx.saved_tensors
-        product = damped_solve_dual_op(gradient, x, ctx.geometry, ctx.damping, ctx.layer)
-        return gradient, product.to(ctx.weight_dtype).reshape(ctx.weight_shape), None, None, None, None
+        product = damped_solve_dual_op(gradient.detach(), x, ctx.geometry, ctx.damping, ctx.layer)
+        product = product.to(ctx.weight_dtype).reshape(ctx.weight_shape)
+        return _first_derivative(gradient), _first_derivative(product), None, None, None, None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -18,24 +20,28 @@ def apply_tract(
     lambda_: float | None = None,
     *,
     l: float | None = None,  # noqa: E741
-    layer: str | None = None,
+    layer: str | Sequence[str] | None = None,
     example: torch.Tensor | None = None,
     statistics: Statistics = "global",
 ) -> str:
     """Put TrAct on the first layer of a model, in place, and say which layer that is.
 
+    A model may have several first layers, side by side on the same image (RepVGG, FastViT).
+    Without ``layer`` and ``example`` one of them is taken, and a warning names those that are
+    left; with ``example`` all are taken that get the tensor that the first one gets.
+
     Args:
         model: any module that contains an nn.Linear or nn.Conv1d/2d/3d.
         lambda_: the damping; see :func:`tract.TrAct`.
         l: the same as ``lambda_``.
-        layer: the name of the layer, as in ``model.named_modules()``. Without it the
-            first supported layer in order of registration is taken, or, with
+        layer: the name of the layer, as in ``model.named_modules()``, or several names. Without
+            it the first supported layer in order of registration is taken, or, with
             ``example``, the first that a forward pass of this input reaches.
         example: an input batch for the model, used once without gradients.
         statistics: see :func:`tract.TrAct`.
 
     Returns:
-        The layer's name; it is logged to the logger "tract" as well.
+        The layer's name, or the names with ", " between; it is logged to the logger "tract" as well.
 
     Raises:
         ValueError: no such layer, none at all, or TrAct is there already.
@@ -52,13 +58,25 @@ def apply_tract(
                 f"expected a plain model, got TrAct on {name!r} already; tract.unwrap(model) takes it off."
             )
     if layer is None and example is not None:
-        layer = _first_reached(model, example)
-    layer, plain = find_layer(model, layer)
-    wrapped = TrAct(plain, lambda_, l=l, statistics=statistics)
-    wrapped.label = layer
-    replace_module(model, plain, wrapped)
-    _log.info("TrAct (lambda %g) on %s: %s", wrapped.lambda_, layer, plain)
-    return layer
+        names = _first_reached(model, example)
+    elif layer is None:
+        names = [_first_layer(model)]
+        beside = _beside(model, names[0])
+        if beside:
+            warnings.warn(
+                f"TrAct is put on {names[0]}, not on {', '.join(beside)}, which seem to get the same input; "
+                f"apply_tract(model, layer={[*names, *beside]}) takes all of them, example=BATCH those that do.",
+                stacklevel=2,
+            )
+    else:
+        names = [layer] if isinstance(layer, str) else list(dict.fromkeys(layer))
+    found = [(name, _named_layer(model, name)) for name in names]
+    wrapped = [TrAct(plain, lambda_, l=l, statistics=statistics) for _, plain in found]
+    for (name, plain), new in zip(found, wrapped, strict=True):
+        new.label = name
+        replace_module(model, plain, new)
+        _log.info("TrAct (lambda %g) on %s: %s", new.lambda_, name, plain)
+    return ", ".join(names)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -124,10 +142,27 @@ def _first_layer(model: nn.Module) -> str:
     return names[0]
 
 
-def _first_reached(model: nn.Module, example: torch.Tensor) -> str:
-    reached: list[str] = []
+def _beside(model: nn.Module, name: str) -> list[str]:
+    """Layers with as many input channels (or features) as this one, where no layer has so many outputs.
+
+    Only what feeds the named layer can feed them too.
+    """
+    found, kind = {}, type(_named_layer(model, name))
+    for other, module in _candidates(model).items():
+        names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("in_channels", "out_channels")
+        found[other] = tuple(getattr(module, size, None) for size in names)
+    inputs, _ = found[name]
+    if any(outputs == inputs for _, outputs in found.values()):
+        return []
+    alike = (other for other, (its, _) in found.items() if its == inputs and other != name)
+    return [other for other in alike if type(_named_layer(model, other)) is kind]
+
+
+def _first_reached(model: nn.Module, example: torch.Tensor) -> list[str]:
+    """The first layer that a forward pass reaches, and all others that get the very same tensor."""
+    reached: list[tuple[str, torch.Tensor]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda *_, name=name: reached.append(name))
+        module.register_forward_pre_hook(lambda _, args, name=name: reached.append((name, args[0])))
         for name, module in _candidates(model).items()
     ]
     training = {module: module.training for module in model.modules()}
@@ -141,7 +176,8 @@ def _first_reached(model: nn.Module, example: torch.Tensor) -> str:
             module.training = mode
     if not reached:
         raise ValueError("expected the forward pass to reach a Linear or Conv layer, got none; give layer=NAME.")
-    return reached[0]
+    first = reached[0][1]
+    return list(dict.fromkeys(name for name, x in reached if x is first))
 
 
 def _named_layer(model: nn.Module, name: str) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -19,7 +19,7 @@ class TrActMethod(Method):
 
     Args:
         lambda_: the damping lambda > 0.
-        layer: name of the layer, or None for the first in order of registration.
+        layer: name of the layer, or several names; None for the first in order of registration.
         statistics: "global" (exact) or "local", see :class:`tract.TrActLayer`.
 
     Raises:
@@ -28,14 +28,15 @@ class TrActMethod(Method):
 
     advice = ("raise lambda_",)
 
-    def __init__(self, lambda_: float, layer: str | None, statistics: Statistics):
+    def __init__(self, lambda_: float, layer: str | Sequence[str] | None, statistics: Statistics):
         self.lambda_, self.statistics = checked_options(lambda_, None, statistics)
         self.layer = layer
 
     def apply(self, model: nn.Module) -> str:
         """Wrap the layer."""
-        name = apply_tract(model, self.lambda_, layer=self.layer, statistics=self.statistics)
-        return f"TrAct (lambda {self.lambda_:g}) on {name}: {model.get_submodule(name)}"
+        apply_tract(model, self.lambda_, layer=self.layer, statistics=self.statistics)
+        layers = ", ".join(f"{layer.label}: {layer}" for layer in tract_layers(model))
+        return f"TrAct (lambda {self.lambda_:g}) on {layers}"
 
     def claims(self, model: nn.Module) -> Iterator[nn.Parameter]:
         """The layer's weight, whose gradient is replaced."""
