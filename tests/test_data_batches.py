@@ -190,6 +190,19 @@ def test_evaluation_covers_each_image_once_in_as_many_batches_on_every_rank(test
     assert torch.equal(labels.sort().values, data.test.labels.sort().values)
 
 
+@pytest.mark.parametrize(("tested", "expected"), [(1, 1), (6, 6), (23, 23), (99, 23), (None, 23)])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_part_of_the_test_images_is_spread_evenly(tested, expected, ranks):
+    """Images of a folder stand class by class."""
+    data = _data(test=23)
+    data.test.labels[:] = torch.arange(23)
+    parts = [list(_batches(data, rank, ranks, eval_images=tested).test()) for rank in range(ranks)]
+    assert len({len(part) for part in parts}) == 1
+    found = sorted(label for part in parts for _, y in part for label in y.tolist())
+    assert len(set(found)) == len(found) == expected
+    assert all(abs(label - k * 23 / expected) <= 1 for k, label in enumerate(found))
+
+
 def test_a_last_batch_smaller_than_the_ranks_is_refused():
     with pytest.raises(Exception, match="drop_last=true"):
         _batches(_data(train=50), 0, 4)

@@ -227,7 +227,7 @@ def test_images_in_subfolders_count_hidden_ones_do_not_and_others_are_named(tmp_
     data = imagefolder(str(tmp_path), **OPTIONS, **MEASURED)
     assert data.classes == ["cat", "dog"]
     assert len(data.train) == 6
-    assert "1 files that are no images are left out, such as" in capsys.readouterr().out
+    assert "1 entries are left out: cat/notes.txt (no image)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size", [0, -3])

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from experiments.data.base import Data, Request
+from experiments.data.base import Data, Request, Samples
 from experiments.data.shares import Share, shares
 from experiments.randomness import epoch_order
 from experiments.ranks import Ranks
@@ -46,6 +46,7 @@ class Batches:
         mix_group: images that are mixed alike; None: the whole batch.
         overfit: use only the first so many batches of epoch 0, unaugmented, in every epoch.
         eval_batch_size: images per evaluation batch of one rank.
+        eval_images: evaluate on so many test images, spread evenly; None: on all.
         workers: loader processes, for data whose batches are not made on the device.
         ranks: who shares the batches.
         device: where the batches go.
@@ -63,6 +64,7 @@ class Batches:
         mix_group: int | None = None,
         overfit: int | None,
         eval_batch_size: int,
+        eval_images: int | None = None,
         workers: int,
         ranks: Ranks,
         device: torch.device,
@@ -70,6 +72,8 @@ class Batches:
         self.data, self.seed, self.batch_size, self.overfit, self.repeats = data, seed, batch_size, overfit, repeats
         self.eval_batch_size, self.workers, self.ranks, self.device = eval_batch_size, workers, ranks, device
         self._mixed, self._mix_group = mixed, mix_group
+        tested = min(len(data.test), eval_images or len(data.test))
+        self._tested = np.arange(tested) * len(data.test) // max(1, tested)
         self._samples = data.samples(seed, repeats, device)
         images = len(data.train)
         last = 0 if drop_last else images % batch_size
@@ -95,9 +99,9 @@ class Batches:
         return self._made("train", parts, None if self.overfit else epoch)
 
     def test(self) -> Iterator[Batch]:
-        """This rank's share of the test images, each exactly once; as many batches on every rank."""
-        mine = np.arange(self.ranks.rank, len(self.data.test), self.ranks.size)
-        rounds = -(-len(self.data.test) // (self.ranks.size * self.eval_batch_size))
+        """This rank's share of the images that are tested, each exactly once; as many batches on every rank."""
+        mine = self._tested[self.ranks.rank :: self.ranks.size]
+        rounds = -(-len(self._tested) // (self.ranks.size * self.eval_batch_size))
         return self._made("test", np.array_split(mine, rounds), None)
 
     def global_count(self, step: int) -> int:
@@ -119,12 +123,8 @@ class Batches:
     def _made(self, split: str, parts: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
         full = [(split, epoch, part.tolist()) for part in parts if len(part)]
         samples = self._samples
-        try:
-            for batch in map(samples.__getitem__, full) if samples.on_device else self._loaded(full):
-                yield samples.ready(batch, self.device)
-        except UserError as error:  # from a loader process it comes with a traceback in its text
-            self.close()
-            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+        for batch in map(samples.__getitem__, full) if samples.on_device else self._loaded(full):
+            yield samples.ready(batch, self.device)
         for _ in range(len(parts) - len(full)):
             yield samples.nothing(self.device)
 
@@ -132,7 +132,7 @@ class Batches:
         """What loader processes make of each request; they stay from epoch to epoch."""
         if self._loader is None:
             self._loader = DataLoader(
-                self._samples,
+                _Answers(self._samples),
                 batch_size=None,
                 sampler=_Latest(self),
                 num_workers=self.workers,
@@ -145,7 +145,23 @@ class Batches:
         for batch in self._loader:
             if self._requests is not requests:
                 raise RuntimeError("expected one pass over loaded batches at a time, got a second one inside it")
+            if isinstance(batch, UserError):
+                self.close()
+                raise batch
             yield batch
+
+
+class _Answers(Dataset):
+    """Batches, or what is wrong with one as a value: raised in a loader process it would come back as a traceback."""
+
+    def __init__(self, samples: Samples):
+        self._samples = samples
+
+    def __getitem__(self, request: Request) -> Batch | UserError:
+        try:
+            return self._samples[request]
+        except UserError as error:
+            return error
 
 
 class _Latest:
@@ -160,12 +176,14 @@ class _Latest:
 
 @atexit.register
 def _end_loader_processes() -> None:
-    # They ignore the SIGTERM with which multiprocessing would end them, to wait for them for ever.
+    # They ignore the SIGTERM with which multiprocessing would end them, to wait for them for ever. torch has a handler
+    # that raises an error when one of them ends by a signal.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
 def _leave_signals_to_the_trainer(_: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

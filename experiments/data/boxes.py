@@ -17,6 +17,7 @@ from experiments.data.decode import decode_file
 from experiments.randomness import epoch_draws
 from experiments.tasks.detection import Detection
 from runfolder.errors import UserError
+from runfolder.folder import typed
 
 Target = dict[str, Tensor]
 _ARCHIVES = "VOCtrainval_06-Nov-2007.tar and VOCtest_06-Nov-2007.tar"
@@ -51,7 +52,7 @@ class BoxSplit:
     def identity(self) -> Iterable[bytes]:
         """What tells two splits apart."""
         for path, own in zip(self.files, self.objects, strict=True):
-            yield path.name.encode()
+            yield os.fsencode(path.name)
             yield from (part.numpy().tobytes() for part in (own.boxes, own.labels, own.difficult))
 
 
@@ -144,7 +145,7 @@ class Voc2007(Source):
         Raises:
             UserError: not there and not to be downloaded, images that are missing, or annotations that cannot be read.
         """
-        root = str(Path(self.root).expanduser())
+        root = str(typed(self.root))
         try:
             parts = [_listed(root, name) for name in ("trainval", "test")]
         except (OSError, RuntimeError) as error:

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from experiments.data.pixels import UNREADABLE, as_rgb, fault
 from runfolder.errors import UserError
 
 Spare = Callable[[int, int], float]
@@ -40,10 +41,10 @@ def decode(content: bytes, where: str, spare: Spare | None = None) -> Tensor:
                 factor = spare(image.height, image.width)
                 power = next(p for p in (8, 4, 2, 1) if p <= max(1, factor))
                 image.draft(None, (image.width // power, image.height // power))
-            pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, RuntimeError, Image.DecompressionBombError) as error:
+            pixels = np.array(as_rgb(image))
+    except UNREADABLE as error:
         raise UserError(
-            f"expected a readable image in {where}, got: {_fault(error)}; replace or remove the file."
+            f"expected a readable image in {where}, got: {fault(error)}; replace or remove the file."
         ) from None
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -61,9 +62,3 @@ def decode_file(path: Path, spare: Spare | None = None) -> Tensor:
             f"expected a readable image in {path}, got: {error.strerror}; replace or remove the file."
         ) from None
     return decode(content, str(path), spare)
-
-
-def _fault(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):  # it names an object, not a file
-        return "something else"
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,9 +14,10 @@ from experiments.data.augment import IN_BATCHES
 from experiments.data.base import Source
 from experiments.data.decode import decode_file
 from experiments.data.images import ImageData, Split
-from experiments.data.listing import SUFFIXES
+from experiments.data.listing import SUFFIXES, images_in, list_folder, name_left_out
 from experiments.data.options import ImageOptions
 from runfolder.errors import UserError
+from runfolder.folder import typed
 
 _MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images that are kept in memory without being asked
 
@@ -40,7 +41,7 @@ class ImageFolder(ImageOptions, Source):
         Raises:
             UserError: missing folders, no images, different classes in the two splits.
         """
-        base = Path(self.root).expanduser()
+        base = typed(self.root).absolute()
         train_files, train_labels, classes = _list_images(base, ("train",))
         test_files, test_labels, test_classes = _list_images(base, ("test", "val"))
         if classes != test_classes:
@@ -59,7 +60,7 @@ class ImageFolder(ImageOptions, Source):
 
     def fetch(self) -> None:
         """See whether its folders are there."""
-        base = Path(self.root).expanduser()
+        base = typed(self.root).absolute()
         splits = [name for name in ("train", "test", "val") if (base / name).is_dir()]
         if "train" not in splits or len(splits) < 2:
             found = ", ".join(splits) or ("neither" if base.is_dir() else "no such folder")
@@ -88,27 +89,27 @@ def _list_images(base: Path, names: tuple[str, ...]) -> tuple[list[Path], Tensor
             f"expected {' or '.join(f'{name}/' for name in names)} with one folder per class "
             f"in data.root={base}, got {found}."
         )
-    classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    files, labels, others = [], [], []
-    for label, name in enumerate(classes):
-        found = _visible_files(folder / name)
-        images = [path for path in found if path.suffix.lower() in SUFFIXES]
-        others += [path for path in found if path.suffix.lower() not in SUFFIXES]
+    try:
+        classes, beside = list_folder(folder)
+        found = [images_in(folder / name, deep=True) for name in classes]
+    except OSError as error:
+        raise UserError(
+            f"expected folders that can be read in data.root={base}, got: {error.strerror} ({error.filename})."
+        ) from None
+    others = [f"{name} (not in a class)" for name in beside if name.lower().endswith(SUFFIXES)]
+    others += [f"{name} (a link to nothing)" for name in beside if not (folder / name).exists()]
+    files, labels = [], []
+    for label, (name, (images, rest)) in enumerate(zip(classes, found, strict=True)):
+        others += [f"{name}/{other}" for other in rest]
         if not images:
-            raise UserError(f"expected images in {folder / name}, got none; remove the folder or fill it.")
-        files += images
+            left_out = f" but {rest[0]}" if rest else ""
+            raise UserError(f"expected images in {folder / name}, got none{left_out}; remove the folder or fill it.")
+        files += [folder / name / image for image in images]
         labels += [label] * len(images)
-    if others:
-        tqdm.write(f"{folder}: {len(others)} files that are no images are left out, such as {others[0]}")
+    name_left_out(folder, others)
     if not files:
         raise UserError(f"expected folders of classes with images in {folder}, got none; give data.root=DIR.")
     return files, torch.tensor(labels), classes
-
-
-def _visible_files(folder: Path) -> list[Path]:
-    """All files below a folder, sorted, without hidden ones."""
-    paths = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(p for p in paths if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
 def _decode_all(files: list[Path], name: str) -> Tensor:

@@ -15,6 +15,7 @@ from experiments.data.listing import list_folder, list_images
 from experiments.data.options import ImageOptions
 from experiments.data.shards import INDEX, open_shards
 from runfolder.errors import UserError
+from runfolder.folder import typed
 
 _SYNSET = re.compile(r"n\d{8}")
 _SAMPLES = 4  # images of each split that are decoded at the start
@@ -54,7 +55,7 @@ class ImageNet(ImageOptions, Source):
         Raises:
             UserError: the folders are not ImageNet's, incomplete or unreadable.
         """
-        base = Path(self.root).expanduser()
+        base = typed(self.root).absolute()
         try:
             packed = (base / INDEX).is_file()
             names, train, test = _packed(base) if packed else _folders(base)
@@ -118,6 +119,9 @@ def _synsets(folder: Path) -> list[str]:
     archives = [name for name in others if name.endswith(".tar")]
     wrong = [name for name in inside if not _SYNSET.fullmatch(name)]
     cure = "give data.root=DIR of ImageNet, or data=imagefolder for other classes"
+    dangling = [f"{name} (a link to nothing)" for name in others if not (folder / name).exists()]
+    if dangling:
+        wrong, cure = dangling, "mend or remove it"
     if archives:
         wrong, cure = archives, "unpack each archive into a folder of its name, then remove it"
     if images:

@@ -37,13 +37,15 @@ from multiprocessing import get_context
 from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from tqdm import tqdm
 
 from experiments.data.listing import Listing, list_folder, list_images
+from experiments.data.pixels import UNREADABLE, as_rgb, fault
 from experiments.data.shards import FIELDS, INDEX, SPLITS, read_about, write_index
-from runfolder.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED, RunBusyError, UserError
+from runfolder.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED, RunBusyError, UserError, print_any_name
 from runfolder.files import TEMPORARY, read_json, remove_leftovers, write_atomically, write_json
+from runfolder.folder import typed
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -76,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder with train/CLASS/ and val/CLASS/")
-    parser.add_argument("target", type=Path, metavar="TARGET", help="folder for the copy, new or begun")
+    parser.add_argument("source", type=typed, metavar="SOURCE", help="folder with train/CLASS/ and val/CLASS/")
+    parser.add_argument("target", type=typed, metavar="TARGET", help="folder for the copy, new or begun")
     parser.add_argument("--size", type=int, default=256, help="shorter side in pixels, 0: as it is (%(default)s)")
     parser.add_argument("--quality", type=int, default=90, help="of resized JPEGs, 1 to 95 (%(default)s)")
     parser.add_argument("--images", type=int, default=10_000, help="images in an archive (%(default)s)")
@@ -85,6 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--workers", type=int, default=len(os.sched_getaffinity(0)), help="processes, 0: only this one (%(default)s)"
     )
     options = parser.parse_args(arguments)
+    print_any_name()
     try:
         for name, least, most in (("size", 0, 10**5), ("quality", 1, 95), ("images", 1, 10**7), ("workers", 0, 10**4)):
             value = getattr(options, name)
@@ -177,7 +180,7 @@ def _digest(listings: dict[str, Listing]) -> str:
     digest = hashlib.sha256()
     for listing in listings.values():
         digest.update(
-            "\n".join(listing.classes).encode() + listing.labels.tobytes() + b"\n".join(listing.names.tolist())
+            os.fsencode("\n".join(listing.classes)) + listing.labels.tobytes() + b"\n".join(listing.names.tolist())
         )
     return digest.hexdigest()[:16]
 
@@ -216,7 +219,7 @@ def _make_missing(target: Path, archives: list[Archive], listings: dict[str, Lis
             else:
                 bar.update(archive.end - archive.first)
     if bad:
-        (target / "parts" / "bad.txt").write_text("\n".join(bad) + "\n")
+        (target / "parts" / "bad.txt").write_bytes(os.fsencode("\n".join(bad) + "\n"))
         raise UserError(
             f"expected readable images, got {len(bad)} that are not: {'; '.join(bad[:5])}"
             f"{f' and more in {target}/parts/bad.txt' if len(bad) > 5 else ''}; replace them (or remove them and "
@@ -259,17 +262,16 @@ def prepare(path: Path, size: int, quality: int) -> bytes | str:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             image.load()  # all of it, also where it is kept: a damaged one shows here, not in a training
+            rgb = as_rgb(image)
             if size == 0 or min(image.size) <= size:
                 return content
             shorter = min(image.size)
             smaller = tuple(max(size, round(side * size / shorter)) for side in image.size)
             buffer = io.BytesIO()
-            image.convert("RGB").resize(smaller, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
+            rgb.resize(smaller, Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=quality)
             return buffer.getvalue()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, UnidentifiedImageError):  # it names an object, not a file
-            return f"{path} (no image)"
-        return f"{path} ({(str(error).strip() or type(error).__name__).splitlines()[0]})"
+    except UNREADABLE as error:
+        return f"{path} ({fault(error)})"
 
 
 def _make(target: Path, archive: Archive, listing: Listing, contents: Iterator[bytes | str], bar: tqdm) -> list[str]:
