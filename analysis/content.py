@@ -7,13 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from runfolder.folder import RunFolder
+from runfolder.plain_yaml import read_yaml
 
 Content = dict[str, Any]
-_FAST_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the same, eight times as fast where libyaml is there
-_LONG = 8192  # characters; some 30,000 nested brackets are a segmentation fault in the fast loader
 _MOST_EPOCHS = 10**6  # of a configuration; each is counted when gaps are looked for
 _UNREADABLE = "cannot be read"
 _TOO_LARGE = f"has a whole number beyond {sys.float_info.max:.1e}"
@@ -22,12 +19,13 @@ _TOO_LARGE = f"has a whole number beyond {sys.float_info.max:.1e}"
 def read_config(folder: RunFolder) -> tuple[Content, None] | tuple[None, str]:
     """(content of a run's ``config.yaml``, None), or (None, what is wrong with it)."""
     try:
-        text = folder.config.read_text(encoding="utf-8")
-        config = yaml.load(text, _FAST_LOADER if len(text) < _LONG else yaml.SafeLoader)
+        config = read_yaml(folder.config)
         fault = _config_fault(config)
     except FileNotFoundError:
         return None, "is missing"
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+    except ValueError as error:
+        return None, f"{_UNREADABLE}: {error}"
+    except OSError:
         return None, _UNREADABLE
     return (config, None) if fault is None else (None, fault)
 

@@ -11,7 +11,9 @@ import copy
 import functools
 import inspect
 import math
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
@@ -32,10 +34,12 @@ from runfolder.errors import UserError, nearest
 from runfolder.failures import FailureKind
 from runfolder.files import write_atomically
 from runfolder.folder import RunFolder
+from runfolder.plain_yaml import read_yaml, write_yaml
 
 CONF = Path(__file__).parent / "conf"
 COMPONENTS = ("model", "data", "optim", "schedule", "method")
 GROUPS = ("stage", *COMPONENTS, "debug")
+_COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
 class Loss(StrEnum):
@@ -104,6 +108,7 @@ class Config:
     drop_last: bool = False
     eval_every: int = 1  # epochs; the last epoch is always evaluated
     eval_batch_size: int = 1000
+    eval_images: int | None = None  # evaluate on so many test images, spread evenly; None: on all
     loss: Loss = Loss.cross_entropy
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of Mixup; with cutmix too, each group gets one of the two
@@ -152,6 +157,15 @@ def _value_of_recipe(key: str, default: list, *, _root_: DictConfig) -> Any:
 OmegaConf.register_new_resolver("nearest", _value_of_nearest, replace=True)
 OmegaConf.register_new_resolver("listed", _value_of_choice, replace=True)
 OmegaConf.register_new_resolver("of_recipe", _value_of_recipe, replace=True)
+
+
+def _refuse_environment(*_: Any) -> None:
+    raise UserError(
+        "expected values without ${oc.env:...}, since a run's folder keeps them; let the shell insert what may be seen."
+    )
+
+
+OmegaConf.register_new_resolver("oc.env", _refuse_environment, replace=True)
 OmegaConf.register_new_resolver("python", get_object, replace=True)  # a value that the code has, by its dotted name
 
 
@@ -163,10 +177,14 @@ def parse_overrides(arguments: list[str]) -> dict[str, list[Any]]:
     """
     parsed: dict[str, list[Any]] = {}
     for text in arguments:
+        key, equals, value = text.partition("=")
+        if value.startswith("~") and '"' not in value:
+            text = f'{key}="{value}"'  # a path
         try:
             (override,) = OverridesParser.create().parse_overrides([text])
         except OverrideParseException:
-            raise UserError(f"expected key=value, got {text!r}; strings with special characters need quotes.") from None
+            cure = f"""; with special characters write {shlex.quote(f'{key}="{value}"')}""" if equals else ""
+            raise UserError(f"expected key=value, got {text!r}{cure}.") from None
         key = override.key_or_group
         if not text.startswith(f"{key}="):
             raise UserError(
@@ -249,7 +267,7 @@ def _with_methods(experiment: str, choices: dict[str, Any], names: list[str]) ->
     if len(names) > 1:
         nodes = {name: _chosen(experiment, choices | {"method": name}).method for name in names}
         with open_dict(tree):
-            tree.method = {"name": naming.AND.join(names), naming.TARGET: "tract.methods.composed.Composed"} | nodes
+            tree.method = {"name": naming.AND.join(names), naming.TARGET: _COMPOSED} | nodes
     return tree
 
 
@@ -280,7 +298,7 @@ def from_tree(tree: DictConfig | dict) -> Config:
         OmegaConf.resolve(merged)
         merged.recipe = {}
         config = OmegaConf.to_object(merged)
-        _make_root_absolute(config)
+        _name_folders(config)
     except OmegaConfBaseException as error:
         if (refusal := _refusal_of_resolver(error)) is not None:
             raise refusal from None
@@ -302,11 +320,33 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def _make_root_absolute(config: Config) -> None:
-    """One folder has one name, from wherever a run is started or resumed."""
-    root = config.data.get("root")
-    if isinstance(root, str) and naming.in_data_dir(root, config.runtime.data_dir) is None:
-        config.data["root"] = str(Path(root).expanduser().absolute())
+def _name_folders(config: Config) -> None:
+    """One folder has one name, however it is spelled and from wherever a run is started or resumed.
+
+    A ``data.root`` in the machine's ``runtime.data_dir`` is named by that; others are absolute.
+    """
+    runtime, root = config.runtime, config.data.get("root")
+    runtime.runs, runtime.data_dir = _tidy("runtime.runs", runtime.runs), _tidy("runtime.data_dir", runtime.data_dir)
+    if config.start_from is not None and config.start_from.endswith((".pt", ".pth")):
+        config.start_from = _tidy("start_from", config.start_from)
+    if isinstance(root, str):
+        pair = (("data.root", root), ("runtime.data_dir", runtime.data_dir))
+        root, shared = (Path(_tidy(key, path)).absolute() for key, path in pair)
+        inside = root.is_relative_to(shared)
+        config.data["root"] = str(Path(runtime.data_dir, root.relative_to(shared)) if inside else root)
+
+
+def _tidy(key: str, path: str) -> str:
+    """A path without ~, doubled and final slashes, and steps up; relative where it was."""
+    try:
+        tidy = Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"expected a path for {key}, got {path!r}, and there is no home; write it out.") from None
+    return (
+        os.path.relpath(tidy.resolve())
+        if ".." in tidy.parts and not tidy.is_absolute()
+        else (str(tidy.resolve() if ".." in tidy.parts else tidy))
+    )
 
 
 def load_config(path: Path) -> Config:
@@ -318,17 +358,18 @@ def load_config(path: Path) -> Config:
         UserError: no such file, or not a configuration.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path)
     except OSError:
         raise UserError(
             f"expected a run folder with a config.yaml, got {path.parent}; `ls runs/*` shows them."
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise UserError(
-            f"expected YAML in {path}, got something else; delete the folder and start the run again."
-        ) from None
+    except ValueError as error:
+        raise UserError(f"expected a configuration in {path}, got: {error}; start the run again elsewhere.") from None
     if not isinstance(tree, dict):
         raise UserError(f"expected a configuration in {path}, got {type(tree).__name__}; start the run again.")
+    for key, value in naming.flatten(tree).items():
+        if "${" in str(value):
+            raise UserError(f"expected plain values in {path}, got {key}={value}; start the run again elsewhere.")
     for group in COMPONENTS:
         node = tree.get(group)
         if isinstance(node, dict) and node.get("name") in choices_of(group):
@@ -367,7 +408,7 @@ def prepare_folder(config: Config) -> RunFolder:
         UserError: the folder cannot be written.
     """
     folder = folder_of(config)
-    text = yaml.safe_dump(to_tree(config), sort_keys=False).encode()
+    text = write_yaml(to_tree(config))
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
         if not folder.config.exists() or folder.config.read_bytes() != text:
@@ -398,7 +439,7 @@ def validate(config: Config) -> None:
     """
     for key in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
         _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
-    for key in ("max_steps", "micro_batch", "mix_group", "overfit_batches"):
+    for key in ("max_steps", "micro_batch", "mix_group", "eval_images", "overfit_batches"):
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
     _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)
@@ -446,9 +487,18 @@ def validate(config: Config) -> None:
         _require(number >= 0, key, "0 or more", number)
 
 
+@functools.cache
+def _targets_of(conf: Path, group: str) -> set[str]:
+    """What the files of a group build; nothing else is ever imported, whatever a run folder says."""
+    return {yaml.safe_load(path.read_text())[naming.TARGET] for path in (conf / group).glob("*.yaml")}
+
+
 def _check_component(group: str, node: dict[str, Any]) -> None:
     if naming.TARGET not in node:
         raise UserError(f"expected {group}=NAME with one of {', '.join(choices_of(group))}, got none.")
+    target = node[naming.TARGET]
+    if target not in _targets_of(CONF, group.split(".")[0]) and (group, target) != ("method", _COMPOSED):
+        raise UserError(f"expected {group} to build what a file in {CONF / group.split('.')[0]} names, got {target!r}.")
     parameters, parts = _parameters_of(node[naming.TARGET]), naming.parts(node)
     for key, part in parts.items():
         _check_component(f"{group}.{key}", part)

@@ -88,6 +88,11 @@ class RunFolder:
         return self / "failure.json"
 
     @property
+    def room(self) -> Path:
+        """Some bytes that ``failure.json`` takes where the disk is full."""
+        return self / "failure.json.room"
+
+    @property
     def cancelled(self) -> Path:
         """A person does not want it any more."""
         return self / "cancelled"
@@ -153,6 +158,11 @@ class RunFolder:
             return None
         base = self.runs if "/" in start_from else self.path.absolute().parent
         return RunFolder(base / os.path.expanduser(start_from))  # which is itself where it is absolute
+
+
+def typed(path: str) -> Path:
+    """A path as a person typed it, with ~ for their home."""
+    return Path(os.path.expanduser(path))  # which stays as it is where there is no home
 
 
 def relative(path: Path | RunFolder) -> str:

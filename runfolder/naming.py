@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from pathlib import PurePath
 from typing import Any
 
 TARGET = "_target_"  # where a component's code lies; its name says which component it is
@@ -39,7 +40,12 @@ def hyper_parameters(tree: dict[str, Any]) -> dict[str, Any]:
         {'seed': 1, 'optim.betas': '[0.9]', 'optim.nesterov': False}
     """
     shown = {key: value for key, value in flatten(tree).items() if not key.rpartition(".")[2].startswith("_")}
-    return {key: value if isinstance(value, int | float | str) else str(value) for key, value in shown.items()}
+    return {key: value if isinstance(value, int | float) else printable(str(value)) for key, value in shown.items()}
+
+
+def printable(text: str) -> str:
+    r"""A text in which each byte of a name that is not UTF-8 is an escape such as ``\udce9``."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def config_hash(tree: dict[str, Any]) -> str:
@@ -64,10 +70,10 @@ def _without_targets(node: Any) -> Any:
 
 def in_data_dir(root: str | None, data_dir: str) -> str | None:
     """Where a data set's root lies in the machine's own folder of data sets ("": it is that folder); None outside."""
-    if root == data_dir:
-        return ""
-    inside = isinstance(root, str) and root.startswith(f"{data_dir}/")
-    return root.removeprefix(f"{data_dir}/") if inside else None
+    if not isinstance(root, str) or not PurePath(root).is_relative_to(data_dir):
+        return None
+    below = str(PurePath(root).relative_to(data_dir))
+    return "" if below == "." else below
 
 
 def run_name(tree: dict[str, Any]) -> str:

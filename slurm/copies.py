@@ -7,9 +7,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-import yaml
-
-from runfolder.folder import RunFolder
+from runfolder.folder import RunFolder, typed
+from runfolder.plain_yaml import read_yaml
 from slurm.profile import Cluster
 from slurm.stage import staged
 
@@ -50,12 +49,12 @@ class Copies(dict[RunFolder, Path]):
         if self._cluster.stage_from is not None:
             return _expanded(self._cluster.stage_from)
         try:
-            config = yaml.safe_load(folder.config.read_text())
+            config = read_yaml(folder.config)
             root, data_dir = config["data"].get("root"), config["runtime"]["data_dir"]
-        except (OSError, yaml.YAMLError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return None  # the run itself will say what is wrong
         return None if root is None or root == data_dir else Path(self._cwd, root)
 
 
 def _expanded(text: str) -> Path:
-    return Path(os.path.expandvars(text)).expanduser()
+    return typed(os.path.expandvars(text))

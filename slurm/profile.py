@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from runfolder.errors import UserError, nearest
+from runfolder.folder import typed
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "experiments" / "conf" / "cluster"
@@ -138,11 +139,11 @@ def names() -> dict[str, Path]:
 
 
 def _folders() -> list[Path]:
-    given = [Path(text).expanduser() for text in os.environ.get("TRACT_CLUSTERS", "").split(":") if text]
+    given = [typed(text) for text in os.environ.get("TRACT_CLUSTERS", "").split(":") if text]
     for folder in given:
         if not folder.is_dir():
             raise UserError(f"expected folders of cluster profiles in TRACT_CLUSTERS, got {folder}; make or remove it.")
-    return [*given, _OF_REPOSITORY, Path("~/.config/tract/clusters").expanduser(), SHIPPED]
+    return [*given, _OF_REPOSITORY, typed("~/.config/tract/clusters"), SHIPPED]
 
 
 def _lineage(name: str) -> list[tuple[Path, dict[str, Any]]]:
@@ -164,7 +165,7 @@ def _find(name: str, seen: list[Path]) -> Path:
     """The file of a profile; a file never inherits from itself, so one may refine its namesake."""
     behind = f" (the base of {seen[-1]})" if seen else ""
     if name.endswith(".yaml"):
-        path = (seen[-1].parent if seen else Path.cwd()) / Path(name).expanduser()
+        path = (seen[-1].parent if seen else Path.cwd()) / typed(name)
         if not path.is_file():
             raise UserError(f"expected a cluster profile, got {name}{behind}, which is no file.")
         if path in seen:

@@ -1,12 +1,15 @@
 import dataclasses
 import math
+import os
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import yaml
 from omegaconf import OmegaConf
 
+from analysis import tables
 from experiments.config import (
     CONF,
     Config,
@@ -23,7 +26,10 @@ from experiments.config import (
     run_name,
     to_tree,
 )
+from runfolder import naming
+from runfolder.errors import UserError
 from runfolder.naming import TARGET
+from runfolder.plain_yaml import write_yaml
 from slurm.command import main
 from tests.cases import tiny_config
 from tract import DEFAULT_LAMBDA
@@ -101,6 +107,7 @@ BAD = [
     ("mixup=-1", "mixup to be 0 or more"),
     ("repeats=0", "repeats to be at least 1"),
     ("mix_group=0", "mix_group to be at least 1 or null"),
+    ("eval_images=0", "eval_images to be at least 1 or null"),
     ("bias_lr=0", "bias_lr to be a number above 0, got 0"),
     ("bias_lr=inf", "bias_lr to be a number above 0, got inf"),
     ("start_from=nowhere", "expected a finished run in start_from="),
@@ -425,3 +432,139 @@ def test_several_methods_are_nodes_under_their_names_in_their_order(tmp_path):
 
 def test_lambda_is_the_librarys():
     assert compose_config("quickstart", {"method": "tract"}).method["lambda_"] == DEFAULT_LAMBDA
+
+
+# -- what a run folder says is data -------------------------------------------------------
+
+
+def _edited(tmp_path, change):
+    """A run folder whose config.yaml, and whose name to match, another hand has changed."""
+    folder = _finished_folder(tmp_path)
+    tree = yaml.safe_load((folder / "config.yaml").read_text())
+    change(tree)
+    (folder / "config.yaml").write_text(yaml.safe_dump(tree))
+    return folder.rename(folder.with_name(naming.run_name(tree)))
+
+
+def _system(command):
+    return {"name": "digits", "_target_": "os.system", "command": command}
+
+
+HARMFUL = {
+    "the data": lambda tree, command: tree.update(data=_system(command)),
+    "a part of the method": lambda tree, command: tree["method"].update(part=_system(command)),
+    "the model": lambda tree, command: tree.update(model=_system(command)),
+    "the composed method's": lambda tree, command: tree["data"].update(
+        _target_="tract.methods.composed.Composed", name="other", x=_system(command)
+    ),
+}
+
+
+@pytest.mark.parametrize("where", HARMFUL)
+def test_a_run_folder_executes_nothing(where, tmp_path, capsys):
+    command = f"touch {tmp_path}/executed"
+    folder = _edited(tmp_path / "runs", lambda tree: HARMFUL[where](tree, command))
+    assert main("quickstart", "", "quickstart", ["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    refused = r"to build what a file in .*conf/\w+ names, got '(os.system|tract.methods.composed.Composed)'"
+    assert re.search(f"{refused}|unknown key data.command", error)
+    assert error.count("\n") == 1
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_neighbours_targets_are_not_imported(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "harmful.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\ndef build(name=None): pass\n")
+    node = {"name": "new", "_target_": "harmful.build"}
+    folder = _edited(tmp_path / "runs", lambda tree: tree.update(model=node))
+    (folder / "result.json").write_text('{"metrics": {"test/top1": 50.0}, "seconds": 1.0, "steps": 1}')
+    assert main("quickstart", "", "quickstart", ["--dry-run", f"runtime.runs={tmp_path / 'runs'}"]) == 0
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nothing_of_the_environment_lands_in_a_run_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TOKEN", "s3cret")
+    words = ["runtime.data_dir=${oc.env:TOKEN}", f"runtime.runs={tmp_path}/typed"]
+    assert main("quickstart", "", "quickstart", words) == 2
+    assert "without ${oc.env:...}" in capsys.readouterr().err
+    folder = _edited(tmp_path / "runs", lambda tree: tree["runtime"].update(data_dir="${oc.env:TOKEN}"))
+    assert main("quickstart", "", "quickstart", ["--resume", str(folder)]) == 2
+    assert "expected plain values in" in capsys.readouterr().err
+    assert not any("s3cret" in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+BOMB = "a0: &a0 [x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12))
+BAD_YAML = {
+    "aliases": (BOMB, "an alias (*a0) in line"),
+    "itself": ("more: &more [*more]\n", "an alias (*more)"),
+    "very deep": ("more: " + "[" * 50_000 + "]" * 50_000 + "\n", "nested too deeply"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_YAML)
+def test_yaml_that_would_not_end_is_a_sentence_with_the_files_name(kind, tmp_path, capsys):
+    text, words = BAD_YAML[kind]
+    folder = _finished_folder(tmp_path)
+    with open(folder / "config.yaml", "a") as file:
+        file.write(text)
+    assert main("quickstart", "", "quickstart", ["--resume", str(folder)]) == 2
+    error = capsys.readouterr().err
+    assert f"in {folder}/config.yaml, got: {words}" in error.replace("it is ", "")
+    assert main("quickstart", "", "quickstart", ["--dry-run", f"runtime.runs={tmp_path}"]) == 0
+    (folder / "result.json").write_text('{"metrics": {"test/top1": 50.0}}')
+    assert tables.main(["--runs", str(tmp_path), "--no-cache"]) in (0, 2)
+    assert words in "".join(capsys.readouterr()).replace("it is ", "")
+
+
+def test_what_is_written_has_no_aliases(tmp_path):
+    shared = [0.5]
+    assert write_yaml({"a": shared, "b": shared}) == b"a:\n- 0.5\nb:\n- 0.5\n"
+
+
+# -- one folder, one name -----------------------------------------------------------------
+
+
+def _root(monkeypatch, place, root, data_dir="data"):
+    monkeypatch.chdir(place)
+    settings = {"data": "imagefolder", "data.root": root, "runtime.data_dir": data_dir}
+    config = compose_config("quickstart", settings)
+    return config.data["root"], run_name(config)
+
+
+def test_spellings_of_a_folder_are_one_run(tmp_path, monkeypatch):
+    (tmp_path / "data" / "x").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spellings = [
+        "data/x",
+        "data/x/",
+        "./data/x",
+        "data//x",
+        "data/./x",
+        "data/../data/x",
+        f"{tmp_path}/data/x",
+        "~/data/x",
+    ]
+    found = {_root(monkeypatch, tmp_path, root, data) for root in spellings for data in ("data", "data/", "./data")}
+    assert len(found) == 1
+    assert found.pop()[0] == "data/x"
+    outside = {_root(monkeypatch, tmp_path / "data", root, "elsewhere") for root in ("x", "./x/", f"{tmp_path}/data/x")}
+    assert len(outside) == 1
+    assert outside.pop()[0] == f"{tmp_path}/data/x"
+
+
+@pytest.mark.parametrize("word", ["runtime.runs=~/runs", 'runtime.runs="~/runs"', "runtime.runs=~/runs/"])
+def test_a_path_in_the_home_folder(word, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert compose_config("quickstart", parse_single([word])).runtime.runs == f"{tmp_path}/runs"
+
+
+def test_quotes_that_are_advised_work(tmp_path, capsys):
+    assert main("quickstart", "", "quickstart", ["runtime.runs=a(b"]) == 2
+    (advised,) = shlex.split(re.search(r"write (.*)\.$", capsys.readouterr().err.strip())[1])
+    assert compose_config("quickstart", parse_single([advised])).runtime.runs == "a(b"
+
+
+def test_without_a_home_its_sign_is_refused(monkeypatch):
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    with pytest.raises(UserError, match="there is no home; write it out"):
+        compose_config("quickstart", {"runtime.runs": "~/runs"})

@@ -71,7 +71,10 @@ def build_trainer(
     Raises:
         UserError: a value that only the component itself can judge, or weights that do not fit.
     """
-    task = data.task(config, len(data.classes), len(data.test))
+    tested = min(len(data.test), config.eval_images or len(data.test))
+    if tested < len(data.test):
+        log.say(f"evaluates on {tested:,} of {len(data.test):,} test images (eval_images)")
+    task = data.task(config, len(data.classes), tested)
     batches = Batches(
         data,
         seed=config.seed,
@@ -82,6 +85,7 @@ def build_trainer(
         mix_group=config.mix_group,
         overfit=config.overfit_batches,
         eval_batch_size=config.eval_batch_size,
+        eval_images=config.eval_images,
         workers=config.runtime.workers,
         ranks=ranks,
         device=device,
