@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import io
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NoReturn
 
 from analysis.cache import Cache, default_folder
-from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest
-
-EXIT_NO_READER = 141  # 128 + SIGPIPE, as a shell reports it of other programs
+from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest, print_any_name, reader_has_left
+from runfolder.folder import typed
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,7 +38,7 @@ def add_cache_flags(parser: Parser) -> None:
     """Add ``--cache DIR`` and ``--no-cache``."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
-        "--cache", type=Path, metavar="DIR", help="where what was read is kept (default: ~/.cache/tract-analysis)"
+        "--cache", type=typed, metavar="DIR", help="where what was read is kept (default: ~/.cache/tract-analysis)"
     )
     group.add_argument("--no-cache", action="store_true", help="read everything anew and keep nothing")
 
@@ -58,8 +55,7 @@ def exit_code(command: Callable[[], int]) -> int:
     A reader who has seen enough (``| head``) ends it quietly. What the output's encoding lacks is printed as
     an escape such as ``\u2013``.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    print_any_name()
     try:
         code = command()
         print(end="", flush=True)
@@ -67,7 +63,7 @@ def exit_code(command: Callable[[], int]) -> int:
     except UserError as error:
         return _refused(str(error))
     except BrokenPipeError:
-        return EXIT_NO_READER
+        return reader_has_left()
     except OSError as error:
         if error.filename is not None:  # of no file: it was the output
             raise

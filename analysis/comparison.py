@@ -163,7 +163,7 @@ def cell_of(runs: Sequence[Run], metric: str, best: bool, named: list[str]) -> C
     for seed, candidates in _by_seed([run for run in runs if run.usable]).items():
         if len(candidates) > 1:
             folders = " and ".join(str(run.folder) for run in candidates)
-            named.append(f"{folders}: the same run several times, so none of them is used; delete all but one.")
+            named.append(f"{folders}: the same run several times, so none of them is used; move all but one elsewhere.")
             continue
         value, fault = _value(candidates[0], metric, best)
         if fault is not None:
@@ -341,7 +341,20 @@ def mixed_origins(used: Sequence[Run]) -> list[str]:
                 folders.setdefault(value, []).append(str(run.folder))
         if len(folders) > 1:
             found.append(_mixed_sentence(name, folders))
-    return found
+    return found + _unknown_commits(used)
+
+
+def _unknown_commits(used: Sequence[Run]) -> list[str]:
+    reasons: dict[str, list[str]] = {}
+    for run in used:
+        for attempt in run.attempts:
+            if "commit" in attempt and attempt["commit"] is None:
+                reasons.setdefault(str(attempt.get("unknown") or "git did not answer"), []).append(str(run.folder))
+    return [
+        f"the code of {_runs(folders)} is unknown ({reason}), so it may have been changed: {', '.join(folders[:3])}"
+        f"{' and others' if len(folders) > 3 else ''}; run from a checkout that git can read."
+        for reason, folders in reasons.items()
+    ]
 
 
 def _mixed_sentence(name: str, folders: dict[str, list[str]]) -> str:

@@ -43,6 +43,7 @@ from tensorboard.util.tensor_util import make_ndarray
 from runfolder.files import TEMPORARY
 
 LARGEST = 2**24  # bytes of a record that is still parsed: room for many scalars, not for a film
+EMPTY = "the file is empty"
 _BLOCK = 2**20
 _HEADER = struct.Struct("<QI")
 _CHECKSUM = struct.Struct("<I")
@@ -184,7 +185,9 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def _event_files(folder: Path) -> list[Path]:
-    return [path for path in folder.glob("*tfevents*") if path.suffix != TEMPORARY and path.is_file()]
+    """Without hidden ones, which macOS and rsync put beside those that they copy."""
+    found = (path for path in folder.glob("*tfevents*") if path.suffix != TEMPORARY and path.name[0] != ".")
+    return [path for path in found if path.is_file()]
 
 
 def _start(path: Path) -> tuple[float, float, str]:
@@ -321,7 +324,7 @@ class RecordReader:
 
     def __iter__(self) -> Iterator[tuple[int, bytes]]:
         if self.size == 0:
-            raise DamagedRecordError(0, "the file is empty", truncated=True)
+            raise DamagedRecordError(0, EMPTY, truncated=True)
         wanted = self._block
         while self.offset < self.size:
             block = b"".join(self._blocks(self.offset, wanted))

@@ -36,6 +36,7 @@ from analysis.paper_figures import ALL, draw_figure, figure_names, runs_for
 from analysis.tables import EXIT_NAMED, tables_of
 from runfolder import tags
 from runfolder.errors import UserError
+from runfolder.folder import typed
 
 _PANEL = (3.6, 2.8)  # inches
 _MOST_COLUMNS = 3
@@ -81,10 +82,10 @@ def _of_the_paper(options: argparse.Namespace) -> list[str]:
 
 def _parser() -> Parser:
     parser = Parser(description="Test accuracy against epoch, or a figure of the paper, as PNG and PDF.")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
+    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
     parser.add_argument("--figure", help=f"one of the paper's, {', '.join(figure_names())} or {ALL}")
-    parser.add_argument("--out", type=Path, default=Path("figures"), help="folder, or file (default: %(default)s)")
+    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder, or file (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is missing or doubtful")
     add_cache_flags(parser)
     return parser

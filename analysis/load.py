@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from analysis.cache import Cache
 from analysis.content import read_config, read_json
-from analysis.events import LARGEST, Damage, EventLog, read_events
+from analysis.events import EMPTY, LARGEST, Damage, EventLog, read_events
 from analysis.identity import faults
 from runfolder import tags
 from runfolder.errors import UserError, nearest
@@ -165,7 +165,7 @@ def load_run(path: Path, cache: Cache | None = None) -> Run:
     problems: list[Problem] = []
     config, fault = read_config(folder)
     if fault is not None:
-        cure = "restore it, or delete the folder and start the run again"
+        cure = "restore it, or move the folder elsewhere and start the run again"
         problems.append(_spoiled(folder, f"{folder.config.name} {fault}", cure))
     result = _read_record(folder, folder.result, problems, spoils=True)
     failure = _read_record(folder, folder.failure, problems, spoils=False)
@@ -178,12 +178,14 @@ def load_run(path: Path, cache: Cache | None = None) -> Run:
     if below:
         text = f"{folder}: event files in {', '.join(below)} are not read"
         problems.append(Problem(f"{text}; move them up if they are of this run, and elsewhere if not.", spoils=False))
-    problems += [_damage_problem(folder, damage, status) for damage in events.damages]
+    problems += [_damage_problem(folder, damage, status, events) for damage in events.damages]
     problems += _skipped_problems(folder, events)
     problems += _duplicate_problems(folder, events)
     if config is not None:
         mixed = faults(folder, config, result, attempts, events.files)
-        problems += [_spoiled(folder, fault, "restore it from a copy, or delete it and train anew") for fault in mixed]
+        problems += [
+            _spoiled(folder, fault, "restore it from a copy, or move it elsewhere and train anew") for fault in mixed
+        ]
         problems += [] if mixed else _place_problems(folder, config)
         problems += _epoch_problems(folder, config, events, status)
         problems += _curve_problems(folder, config, events, status)
@@ -200,9 +202,13 @@ def _read_record(folder: RunFolder, file: Path, problems: list[Problem], spoils:
 
 
 def _events_below(folder: Path) -> list[str]:
-    """The subfolders that have event files."""
-    found = [parent for parent, _, names in os.walk(folder) if any("tfevents" in name for name in names)]
-    return sorted(os.path.relpath(parent, folder) for parent in found if parent != str(folder))
+    """The subfolders that have event files; hidden ones do not count."""
+    found = set()
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]
+        if parent != str(folder) and any("tfevents" in name and name[0] != "." for name in names):
+            found.add(os.path.relpath(parent, folder))
+    return sorted(found)
 
 
 def _status(folder: RunFolder) -> Status:
@@ -242,10 +248,13 @@ def _state_problems(
     return found
 
 
-def _damage_problem(folder: RunFolder, damage: Damage, status: Status) -> Problem:
+def _damage_problem(folder: RunFolder, damage: Damage, status: Status, events: EventLog) -> Problem:
     where = f"{damage.file.name}, byte {damage.offset}: {damage.reason}"
     if damage.truncated and damage.restarted:
         text = f"{folder}: damaged event file {where}; the run was then resumed and wrote on, so nothing need be done."
+        return Problem(text, spoils=False)
+    if damage.reason == EMPTY and events.series:  # what may be missing is named with its epochs
+        text = f"{folder}: {damage.file.name} is empty; the other event files are read."
         return Problem(text, spoils=False)
     cure = _redo(folder) if status == Status.finished else _again(folder)
     return _spoiled(folder, f"damaged event file {where}", cure)
@@ -365,7 +374,7 @@ def _again(folder: RunFolder) -> str:
 
 
 def _redo(folder: RunFolder) -> str:
-    return f"restore the folder from a copy, or delete all of it but config.yaml and {_again(folder)}"
+    return f"restore the folder from a copy, or move all of it but config.yaml elsewhere and {_again(folder)}"
 
 
 def _list(numbers: list[int]) -> str:

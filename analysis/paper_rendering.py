@@ -50,7 +50,7 @@ def caption(table: PaperTable) -> str:
     average = " Average: the mean of the printed numbers, with the number of rows." if table.average else ""
     return (
         f"{head} Ours: mean ± sample standard deviation of the final epoch (runs) [published mean ± std, ours − "
-        f"published].{average} Unfinished, failed and damaged runs and those of another recipe enter no mean."
+        f"published].{average} Runs that are unfinished, failed, unreadable or of another recipe enter no mean."
     )
 
 

@@ -49,7 +49,7 @@ def caption(table: Table) -> str:
         )
     else:
         which = " of the final epoch."
-    rule = " Unfinished, failed and damaged runs enter no mean."
+    rule = " Runs that are unfinished, failed or unreadable enter no mean."
     return what + which + rule + _comparison_caption(table)
 
 

@@ -49,7 +49,7 @@ from analysis.rendering import (
 from analysis.tables import tables_from
 from runfolder.errors import UserError
 from runfolder.failures import cure_of
-from runfolder.folder import RunFolder
+from runfolder.folder import RunFolder, typed
 
 _RUN_COLUMNS = (
     "Run",
@@ -101,9 +101,9 @@ def _run(options: argparse.Namespace) -> int:
 
 def _parser() -> Parser:
     parser = Parser(description="Tables, figures, curves, failures and costs of all runs as one HTML page.")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
+    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default: %(default)s)")
+    parser.add_argument("--out", type=typed, default=Path("report.html"), help="the file (default: %(default)s)")
     add_cache_flags(parser)
     return parser
 

@@ -36,6 +36,7 @@ from analysis.paper_rendering import render_paper
 from analysis.paper_runtime import build_runtime_table
 from analysis.rendering import render
 from runfolder.errors import UserError, nearest
+from runfolder.folder import typed
 from runfolder.tags import primary_metric
 
 _SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
@@ -82,10 +83,10 @@ def _refuse_contradictions(options: argparse.Namespace) -> None:
 
 def _parser() -> Parser:
     parser = Parser(description="Tables from run folders: mean ± sample std (n) per configuration and method.")
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
+    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", help="only this experiment (default: all)")
     parser.add_argument("--table", choices=[*table_names(), "all"], help="a table of the paper, ours beside published")
-    parser.add_argument("--runtime", type=Path, help="for --table runtime: what experiments/runtime.py --out wrote")
+    parser.add_argument("--runtime", type=typed, help="for --table runtime: what experiments/runtime.py --out wrote")
     parser.add_argument("--metric", help="TensorBoard tag (default: the one its runs are known by), or best")
     parser.add_argument("--baseline", help="method that the others are compared with (default: vanilla)")
     parser.add_argument("--best", action="store_true", help="each run's best epoch, which selects on the test set")
@@ -93,7 +94,7 @@ def _parser() -> Parser:
         "--speedup", action="store_true", help="also how much earlier the baseline's final value is reached"
     )
     parser.add_argument("--format", choices=_SUFFIX, default="md", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, help="write a file per table into this folder instead of printing")
+    parser.add_argument("--out", type=typed, help="write a file per table into this folder instead of printing")
     parser.add_argument(
         "--explain",
         metavar="CELL",

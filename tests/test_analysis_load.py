@@ -21,12 +21,13 @@ from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_g
 from tensorboard.util.tensor_util import make_ndarray
 from torch.utils.tensorboard import SummaryWriter
 
-from analysis import content, events, load
+from analysis import events, load
 from analysis.costs import device_hours
 from analysis.identity import begun_with, recorded
 from analysis.load import Problem, Status, load_run, load_runs
 from experiments import config as training
 from experiments.training.log import RunLog
+from runfolder import plain_yaml
 from runfolder.errors import UserError
 from runfolder.folder import RunFolder
 from runfolder.naming import hash_in
@@ -554,11 +555,11 @@ def test_json_that_is_nested_without_end_is_named(good):
     _only_problem(good, "result.json cannot be read")
 
 
-@pytest.mark.parametrize("loader", [yaml.SafeLoader, content._FAST_LOADER])
+@pytest.mark.parametrize("loader", [yaml.SafeLoader, plain_yaml._FAST_LOADER])
 def test_both_loaders_of_configurations_say_the_same(good, monkeypatch, loader):
     text = "seed: 3\nepochs: 5\nmethod: {name: m, lr: 1e-3, on: yes, at: 2001-01-01, none: ~, o: 010, x: .inf}\n"
     (good / "config.yaml").write_text(text)
-    monkeypatch.setattr(content, "_FAST_LOADER", loader)
+    monkeypatch.setattr(plain_yaml, "_FAST_LOADER", loader)
     assert load_run(good).config == yaml.safe_load(text)
 
 
@@ -607,3 +608,44 @@ def test_an_experiment_that_cannot_be_listed_is_one_sentence(good, monkeypatch):
     with pytest.raises(UserError, match="can be read") as caught:
         load_runs(good.parents[1])
     assert f"{good.parent} (Permission denied)" in str(caught.value)
+
+
+# -- what others put into run folders -----------------------------------------------------
+
+
+def test_hidden_files_are_nobodys(good):
+    """macOS's ._FILE, rsync's .FILE.XXXXXX, and hidden folders."""
+    path = event_file(good)
+    before = load_run(good)
+    (good / f"._{path.name}").write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X        " + bytes(60))
+    (good / f".{path.name}.q8XkzA").write_bytes(path.read_bytes()[:50])
+    (good / ".snapshot").mkdir()
+    (good / ".snapshot" / path.name).write_bytes(path.read_bytes())
+    after = load_run(good)
+    assert after.problems == before.problems == ()
+    assert after.events.series == before.events.series
+
+
+def test_an_empty_event_file_beside_the_others_is_named_and_spoils_nothing(good):
+    before = load_run(good).events.series
+    (good / "events.out.tfevents.9999999999.x.1.0").write_bytes(b"")
+    run = _only_problem(good, "events.out.tfevents.9999999999.x.1.0 is empty; the other event files", spoils=False)
+    assert run.events.series == before
+
+
+def test_an_empty_event_file_alone_spoils_the_run(good):
+    path = event_file(good)
+    path.write_bytes(b"")
+    _only_problem(good, f"damaged event file {path.name}, byte 0: the file is empty; restore")
+
+
+def test_no_cure_destroys_results(good):
+    for name in ("config.yaml", "result.json"):
+        content = (good / name).read_bytes()
+        (good / name).write_bytes(b"[")
+        assert not any("delete" in problem.text for problem in load_run(good).problems)
+        (good / name).write_bytes(content)
+    path = event_file(good)
+    path.write_bytes(path.read_bytes()[:-3])
+    assert load_run(good).problems
+    assert not any("delete" in problem.text for problem in load_run(good).problems)

@@ -588,3 +588,14 @@ def test_an_unknown_flag_is_one_sentence_with_the_nearest(script, words, answer,
     assert said.startswith("error: unknown flag")
     assert said.count("\n") == 1
     assert answer in said
+
+
+def test_code_that_git_does_not_know_is_named_and_strict_about(runs, capsys):
+    folder = _one(runs, "tract", 0)
+    provenance = json.loads((folder / "provenance.json").read_text())
+    for attempt in provenance["attempts"]:
+        attempt |= {"commit": None, "dirty": None, "unknown": "fatal: not a git repository"}
+    (folder / "provenance.json").write_text(json.dumps(provenance))
+    assert tables.main(["--runs", str(runs), "--strict"]) == 1
+    said = "".join(capsys.readouterr())
+    assert f"the code of 1 run is unknown (fatal: not a git repository), so it may have been changed: {folder}" in said
