@@ -45,6 +45,7 @@ from experiments.training.stop import StopRequest
 from experiments.training.torch_settings import torch_settings
 from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest
 from runfolder.files import write_json
+from runfolder.folder import typed
 
 METHODS = ("vanilla", "tract")
 
@@ -226,7 +227,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("batches", 4, "different batches"),
     ):
         parser.add_argument(f"--{flag}", type=int, default=default, help=f"{meaning} (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="write the seconds of every block to this JSON file")
+    parser.add_argument("--out", type=typed, help="write the seconds of every block to this JSON file")
     options = parser.parse_intermixed_args(arguments)
     try:
         sizes = Sizes(options.blocks, options.steps, options.warmup, options.batches)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from enum import StrEnum
 
-from runfolder.files import write_json
+from runfolder.files import write_atomically, write_json
 from runfolder.folder import RunFolder
 from runfolder.place import node_name
 
 TRACEBACK_LINES = 12  # that are kept
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+_ROOM = 8192  # bytes
 
 
 class FailureKind(StrEnum):
@@ -67,5 +70,18 @@ def record(folder: RunFolder, kind: FailureKind, reason: str, lines: list[str] |
         reason: one sentence.
         lines: the end of the traceback or of the output.
     """
-    content = {"kind": kind, "reason": reason, "host": node_name(), "when": time.strftime("%Y-%m-%d %H:%M:%S")}
-    write_json(folder.failure, content | ({"traceback": lines} if lines else {}))
+    content: dict = {"kind": kind, "reason": reason, "host": node_name(), "when": time.strftime("%Y-%m-%d %H:%M:%S")}
+    content |= {"traceback": lines} if lines else {}
+    try:
+        write_json(folder.failure, content)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS or not folder.room.exists():
+            raise
+        folder.room.unlink()
+        write_json(folder.failure, content)
+
+
+def keep_room(folder: RunFolder) -> None:
+    """See that a full disk can still take ``failure.json``."""
+    if not folder.room.exists():
+        write_atomically(folder.room, bytes(_ROOM), durable=False)

@@ -16,10 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 
 from runfolder.errors import RunBusyError, SupersededError
-from runfolder.files import TEMPORARY, read_json
+from runfolder.files import TEMPORARY
 from runfolder.place import slurm_start
 from runfolder.process import is_dead, this_process
-from runfolder.records import Holder
+from runfolder.records import Holder, read_record
 from runfolder.tickets import highest, is_left_behind, issue, now_in, temporary
 
 MISSED_BEATS = 6  # a holder is taken for dead after so many heartbeats have not come
@@ -42,7 +42,8 @@ class Lease:
         if number == self.number:
             return
         if number > self.number:
-            raise SupersededError(f"{self.path.parents[1]} has been taken over by {describe(read_json(path))}.")
+            by = describe(read_record(path, Holder))
+            raise SupersededError(f"{self.path.parents[1]} has been taken over by {by}.")
         raise SupersededError(f"{self.path.parents[1]} has lost its lease folder; something removed it.")
 
     def beat(self) -> None:
@@ -88,13 +89,13 @@ def take(folder: Path, beats_every: float, patience: float = 0.0) -> Lease:
     me = this_process() | slurm_start() | {"beats_every": beats_every, "since": time.strftime("%Y-%m-%d %H:%M:%S")}
     while True:
         number, path = highest(leases)
-        if path is None or not is_live(path, now_in(leases)) or _is_later(me, read_json(path)):
+        if path is None or not is_live(path, now_in(leases)) or _is_later(me, read_record(path, Holder)):
             ticket = issue(leases, number + 1, me)
             if ticket is not None:
                 _remove_older(leases, number + 1)
                 return Lease(ticket, number + 1, me)
             continue
-        holder = read_json(path)
+        holder = read_record(path, Holder)
         if _is_later(holder, me):
             raise SupersededError(f"{folder} has been taken over by {describe(holder)}.")
         if time.monotonic() > end:
@@ -110,25 +111,26 @@ def is_held(folder: Path, now: float | None = None) -> bool:
 
 def is_live(path: Path, now: float) -> bool:
     """Whether the process of this ticket lives, as far as can be told at the file system's time ``now``."""
-    holder = read_json(path)
+    holder = read_record(path, Holder)
     if holder.get("released") or (holder and is_dead(holder)):
         return False
     try:
         age = now - path.stat().st_mtime
     except OSError:
         return False
-    return age <= MISSED_BEATS * holder.get("beats_every", 10.0)
+    return abs(age) <= MISSED_BEATS * holder.get("beats_every", 10.0)  # a date in the future says nothing either
 
 
 def describe(holder: Holder) -> str:
     """A holder in a few words."""
-    job = f"job {holder['job']} (start {holder['restart'] + 1}), " if holder.get("job") else ""
+    job = f"job {holder['job']} (start {holder.get('restart', 0) + 1}), " if holder.get("job") else ""
     return f"{job}process {holder.get('pid', '?')} on {holder.get('host', '?')} since {holder.get('since', '?')}"
 
 
 def _is_later(holder: Holder, other: Holder) -> bool:
     """Whether one holder is a later start of the other's Slurm job."""
-    return bool(holder.get("job")) and holder["job"] == other.get("job") and holder["restart"] > other["restart"]
+    same = bool(holder.get("job")) and holder["job"] == other.get("job")
+    return same and holder.get("restart", 0) > other.get("restart", 0)
 
 
 def _remove_older(leases: Path, number: int) -> None:

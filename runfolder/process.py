@@ -24,7 +24,25 @@ def is_dead(process: dict) -> bool | None:
     here = this_process()
     if any(process.get(key) != here[key] for key in ("boot", "processes")) or process.get("host") != here["host"]:
         return None
-    return began(process["pid"]) != process.get("began")
+    pid = process.get("pid")
+    if not isinstance(pid, int):
+        return None
+    since = began(pid)
+    return is_gone(pid) if not since else since != process.get("began")
+
+
+def is_gone(pid: int) -> bool | None:
+    """Whether no living process has this number; None where it may not be seen (hidepid, another user's)."""
+    status = _read(f"/proc/{pid}/stat").rpartition(")")[2].split()
+    if status:
+        return status[0] in "ZX"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        pass
+    return None
 
 
 def began(pid: int) -> str:

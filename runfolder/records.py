@@ -6,15 +6,21 @@ key may be missing when a record is read; who writes one gives all of them.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypedDict, TypeVar, get_args, get_origin, get_type_hints, is_typeddict
 
 from runfolder import tags
 from runfolder.errors import UserError
+from runfolder.failures import FailureKind
+from runfolder.files import read_json
 from runfolder.folder import RunFolder
 
+Record = TypeVar("Record")
 _SAME = 1e-6  # relative; events hold float32, result.json float64
 
 
@@ -61,8 +67,9 @@ class Attempt(TypedDict, total=False):
 
     started: str  # UTC, ISO 8601
     command: str
-    commit: str | None
-    dirty: bool
+    commit: str | None  # None: unknown
+    dirty: bool | None  # None: unknown
+    unknown: str | None  # why these are
     diff: str | None  # a file in the run folder
     untracked: list[str]
     packages: dict[str, str]
@@ -96,6 +103,8 @@ class Claim(Process, total=False):
     """A ticket in ``claims/``: which submission is to train the run."""
 
     user: int
+    folder: str  # the run folder that it was made in, and its number on the file system: a copied claim is nobody's
+    inode: int
     submission: str
     made: float  # seconds since 1970
     submitted: bool
@@ -123,6 +132,29 @@ class AttemptNote(TypedDict, total=False):
     reason: str
 
 
+def read_record(path: Path, kind: type[Record]) -> Record:
+    """A record in a JSON file, without values of other types than it has; {} where there is none or it is damaged."""
+    types = _types_of(kind)
+    return {key: value for key, value in read_json(path).items() if _fits(value, types.get(key, object))}
+
+
+@functools.cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if isinstance(kind, UnionType):
+        return any(_fits(value, option) for option in get_args(kind))
+    if kind in (int, float):
+        return _is_number(value) and (kind is float or isinstance(value, int))
+    if is_typeddict(kind):
+        return isinstance(value, dict) and all(
+            _fits(value[key], own) for key, own in _types_of(kind).items() if key in value
+        )
+    return isinstance(value, get_origin(kind) or kind)
+
+
 def read_result(folder: RunFolder) -> Result | None:
     """The content of ``result.json``: it exists when the run is finished.
 
@@ -133,12 +165,18 @@ def read_result(folder: RunFolder) -> Result | None:
         result = json.loads(folder.result.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
+    except OSError as error:
+        raise UserError(
+            f"expected to read {folder.result}, got: {error.strerror}; the run is finished, and its result is there "
+            "when the file can be read.",
+            FailureKind.disk,
+        ) from None
+    except ValueError:
         result = None
     if not isinstance(result, dict) or not isinstance(result.get("metrics"), dict):
         raise UserError(
-            f"expected the result of a run in {folder.result}, got something else; delete this file and start the run "
-            "again, which writes it from the last checkpoint."
+            f"expected the result of a run in {folder.result}, got something else; move this file elsewhere and start "
+            "the run again, which writes it from the last checkpoint."
         )
     return result
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from runfolder.errors import UserError
 from runfolder.failures import FailureKind
 from runfolder.files import TEMPORARY
-from runfolder.process import began, this_process
+from runfolder.process import is_gone, this_process
 
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
@@ -88,7 +88,9 @@ def is_left_behind(path: Path, now: float) -> bool:
     """Whether the process of a temporary file is dead or, where that cannot be told from here, an hour has passed."""
     _, *words = path.name.split(".")  # purpose, origin (may have dots), process, thread, tmp
     if ".".join(words[:-3]) == _origin():
-        return not began(int(words[-3]))
+        gone = is_gone(int(words[-3]))
+        if gone is not None:
+            return gone
     return now - modified(path) > 3600
 
 

@@ -35,6 +35,8 @@ from runfolder.errors import (
     TrainingFailedError,
     UserError,
     nearest,
+    print_any_name,
+    reader_has_left,
 )
 from runfolder.folder import RunFolder, relative
 from runfolder.states import is_finished
@@ -57,6 +59,7 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
     Returns:
         Exit code: 0 done (or submitted), 1 failed, 2 bad input, 69 busy, 75 stopped with a checkpoint.
     """
+    print_any_name()
     parser = _parser(experiment, description, grid)
     try:
         options, unknown = parser.parse_known_intermixed_args(arguments)
@@ -64,13 +67,17 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
             raise UserError(
                 f"unknown flag {word}; the flags are --local, --submit, --dry-run, --resume RUN, --pdb, --help."
             )
-        return _dispatch(experiment, grid, options)
+        code = _dispatch(experiment, grid, options)
+        print(end="", flush=True)
+        return code
     except UserError as error:
         return _leave(EXIT_BAD_INPUT, f"error: {error}")
     except RunBusyError as error:
         return _leave(EXIT_BUSY, f"busy: {error}")
     except TrainingFailedError as error:
         return _leave(1, f"failed: {error}")
+    except BrokenPipeError:
+        return reader_has_left()
     except KeyboardInterrupt:
         return _leave(EXIT_INTERRUPTED, "interrupted; the same command continues from the last checkpoint")
 

@@ -26,11 +26,11 @@ from typing import TypeVar
 
 from runfolder.errors import UserError, nearest
 from runfolder.failures import FailureKind
-from runfolder.files import read_json, write_atomically, write_json
+from runfolder.files import write_atomically, write_json
 from runfolder.folder import SUBMISSIONS, RunFolder
 from runfolder.lease import describe
 from runfolder.process import is_dead, this_process
-from runfolder.records import AttemptNote, Claim, Failure, Progress, Result
+from runfolder.records import AttemptNote, Claim, Failure, Holder, Progress, Result, read_record
 from runfolder.states import LIVE, State, state_of
 from runfolder.tickets import highest, issue, now_in
 from slurm import queue
@@ -81,7 +81,7 @@ class Queue:
         with self._lock:
             if not self._asked:
                 self._asked = True
-                users = {read_json(path).get("user") for path in self._claims if path is not None}
+                users = {read_claim(path).get("user") for path in self._claims if path is not None}
                 found = queue.jobs(users={user for user in users if isinstance(user, int)})
                 if found is not None:
                     self._jobs = {(job.name, job.id.partition("_")[2] or "0"): job for job in found}
@@ -163,7 +163,7 @@ def _readable_entry(folder: RunFolder, claim_path: Path | None, known: Queue, no
 
 
 def _entry(folder: RunFolder, claim_path: Path | None, known: Queue, now: float) -> Entry:
-    state, claim = state_of(folder, now), read_json(claim_path) if claim_path else {}
+    state, claim = state_of(folder, now), read_claim(claim_path)
     if state not in (State.finished, State.running, State.cancelled) and claim_is_live(claim, known):
         state = State.queued
     of_slurm = claim.get("job_name") and not claim.get("released") and claim.get("scheduler") != "local"
@@ -172,9 +172,9 @@ def _entry(folder: RunFolder, claim_path: Path | None, known: Queue, now: float)
         folder,
         state,
         attempts=_count(folder.attempts),
-        progress=read_json(folder.progress),
-        result=read_json(folder.result) if state == State.finished else {},
-        failure=read_json(folder.failure) if state == State.failed else {},
+        progress=read_record(folder.progress, Progress),
+        result=read_record(folder.result, Result) if state == State.finished else {},
+        failure=read_record(folder.failure, Failure) if state == State.failed else {},
         claim=claim,
         job=known.find(claim) if with_queue else None,
     )
@@ -195,17 +195,28 @@ def newest_claim(folder: RunFolder) -> Path | None:
     return highest(folder.claims)[1]
 
 
+def read_claim(path: Path | None) -> Claim:
+    """What a claim says; {} without one, and of a claim that was copied with its run from another folder."""
+    claim = {} if path is None else read_record(path, Claim)
+    if "folder" not in claim or path is None:
+        return claim
+    here = path.parents[1]
+    with suppress(OSError):
+        if os.stat(here).st_ino == claim.get("inode") or os.path.samefile(here, claim["folder"]):
+            return claim
+    return {}
+
+
 def claim_of(folder: RunFolder) -> Claim:
     """What that claim says; {} without one."""
-    path = newest_claim(folder)
-    return {} if path is None else read_json(path)
+    return read_claim(newest_claim(folder))
 
 
 def holder(folder: RunFolder) -> str:
     """Who trains a run, by its lease; ? where that cannot be read."""
     path = highest(folder.lease)[1]
     with suppress(KeyError, TypeError):
-        return describe(read_json(path) if path else {})
+        return describe(read_record(path, Holder) if path else {})
     return "?"
 
 
@@ -221,7 +232,7 @@ def claim_is_live(claim: Claim, known: Queue) -> bool:
         dead = is_dead(claim)
         return not dead if dead is not None else time.time() - claim.get("made", 0) < _SECONDS_TO_SUBMIT
     if claim.get("scheduler") == "local":
-        return is_dead(claim["worker"]) is not True
+        return "worker" in claim and is_dead(claim["worker"]) is not True
     return known.find(claim) is not None or not known.is_known()
 
 
@@ -232,8 +243,11 @@ def claim(folders: list[RunFolder], submission: str) -> list[RunFolder]:
     content = this_process() | {"user": os.geteuid(), "submission": submission, "made": time.time()}
     for folder in folders:
         number, path = seen[folder]
-        if path is not None and claim_is_live(read_json(path), known):
+        if path is not None and claim_is_live(read_claim(path), known):
             continue
+        with suppress(OSError):  # making the ticket will say so
+            os.makedirs(folder, exist_ok=True)
+            content |= {"folder": str(folder.absolute()), "inode": os.stat(folder).st_ino}
         if issue(folder.claims, number + 1, content) is not None:
             mine.append(folder)
     return mine
@@ -242,7 +256,7 @@ def claim(folders: list[RunFolder], submission: str) -> list[RunFolder]:
 def amend_claim(folder: RunFolder, submission: str, **changes: object) -> None:
     """Add to this submission's claim, if it is still the one that counts."""
     path = newest_claim(folder)
-    claim = read_json(path) if path else {}
+    claim = read_claim(path)
     if claim.get("submission") == submission and claim | changes != claim:
         write_atomically(path, json.dumps(claim | changes).encode(), durable=False)
 
@@ -265,7 +279,7 @@ def begin_attempt(folder: RunFolder, **place: object) -> Path:
     """Note that a run is about to be started: from which step, where."""
     number, before = highest(folder.attempts)
     number += 1
-    if before is not None and "outcome" not in read_json(before):
+    if before is not None and "outcome" not in read_record(before, AttemptNote):
         end_attempt(before, "cut off")
     note = {"started": time.strftime("%Y-%m-%d %H:%M:%S"), "from_step": folder.last_step(), **place}
     while (path := issue(folder.attempts, number, note)) is None:
@@ -275,9 +289,9 @@ def begin_attempt(folder: RunFolder, **place: object) -> Path:
 
 def end_attempt(path: Path, outcome: str, reason: str = "") -> None:
     """Note how an attempt ended; without this note, it was cut off."""
-    folder, note = RunFolder(path.parents[1]), read_json(path)
+    folder, note = RunFolder(path.parents[1]), read_record(path, AttemptNote)
     if "outcome" not in note:  # else a later attempt has noted that this one was cut off, and has gone on since
-        note["reached_step"] = read_json(folder.progress).get("step")
+        note["reached_step"] = read_record(folder.progress, Progress).get("step")
         note["saved_step"] = folder.last_step()
     note |= {"ended": time.strftime("%Y-%m-%d %H:%M:%S"), "outcome": outcome, "reason": reason}
     write_json(path, note, durable=False)
@@ -285,7 +299,7 @@ def end_attempt(path: Path, outcome: str, reason: str = "") -> None:
 
 def attempts(folder: RunFolder) -> list[AttemptNote]:
     """All attempts in order."""
-    return [read_json(path) for path in sorted(folder.attempts.glob("*.json"))]
+    return [read_record(path, AttemptNote) for path in sorted(folder.attempts.glob("*.json"))]
 
 
 def fruitless(folder: RunFolder, submission: str) -> int:

@@ -238,7 +238,9 @@ def _next_steps(runs: list[Run], options: argparse.Namespace) -> list[str]:
     if broken:
         some = ", ".join(relative(RunFolder(run["folder"]).result) for run in broken[:5])
         more = ", ..." if len(broken) > 5 else ""
-        lines.append(f"{len(broken)} finished with a result that cannot be read; delete it, then retry: {some}{more}")
+        lines.append(
+            f"{len(broken)} finished with a result that cannot be read; move it elsewhere, then retry: {some}{more}"
+        )
     submitted = [run for run in runs if run["submission"]]
     for states, what in (
         (("failed",), "submit failed runs again"),

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from experiments.training.provenance import SNAPSHOT, code_of, listed
+from experiments.training.provenance import SNAPSHOT, GitError, code_of, listed
 from runfolder.errors import UserError
 from runfolder.files import TEMPORARY, write_json
 
@@ -29,7 +29,7 @@ def take(target: Path, root: Path = ROOT, skip: Iterable[Path] = ()) -> dict:
         skip: folders below ``root`` whose untracked files are not code, such as that of the runs.
 
     Returns:
-        The content of ``snapshot.json``: commit, dirty, untracked, diff, left_out.
+        The content of ``snapshot.json``: commit, dirty, unknown, untracked, diff, left_out.
 
     Raises:
         UserError: the target exists or cannot be written.
@@ -42,6 +42,7 @@ def take(target: Path, root: Path = ROOT, skip: Iterable[Path] = ()) -> dict:
     record = {
         "commit": code.commit,
         "dirty": code.dirty,
+        "unknown": code.unknown,
         "untracked": code.untracked,
         "diff": PATCH if code.patch else None,
         "left_out": left_out,
@@ -64,12 +65,16 @@ def take(target: Path, root: Path = ROOT, skip: Iterable[Path] = ()) -> dict:
 
 def _names(root: Path, skip: list[Path]) -> tuple[list[str], list[str]]:
     """The files to copy, relative to the root, and what is left out."""
-    tracked = listed(root, "--cached")
+    try:
+        tracked = listed(root, "--cached")
+        untracked = listed(root, "--others", "--exclude-standard") if tracked else []
+    except GitError:
+        tracked = []
     if not tracked:
         return sorted(_packages(root)), []
     barred = [path.resolve() for path in skip]
     names, left_out = set(tracked), []
-    for name in listed(root, "--others", "--exclude-standard"):
+    for name in untracked:
         path = root / name
         if any(path.parent.resolve().is_relative_to(folder) for folder in barred):
             continue

@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TRY_AGAIN, UserError, nearest
 from runfolder.files import read_json, write_json
-from runfolder.folder import RunFolder, relative
+from runfolder.folder import RunFolder, relative, typed
 from runfolder.states import LIVE, State, is_cancelled, state_of
 from slurm import ledger, queue
 from slurm.details import details
@@ -131,7 +131,7 @@ def _parser(verb: str) -> _Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of experiments (default: %(default)s)")
+    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", metavar="NAME", help="only this one (default: all)")
     _add_flags(parser, verb)
     return parser

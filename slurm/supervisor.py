@@ -33,13 +33,12 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
-
 from runfolder.errors import EXIT_TRY_AGAIN, UserError
 from runfolder.failures import FailureKind, record
 from runfolder.files import read_json, write_json
 from runfolder.folder import RunFolder
 from runfolder.place import job_id, node_name
+from runfolder.plain_yaml import read_yaml
 from runfolder.states import is_cancelled, is_finished
 from slurm import ledger
 from slurm.children import Child, Children
@@ -430,6 +429,6 @@ class Supervisor:
 
 def _start_of(folder: RunFolder) -> RunFolder | None:
     try:
-        return folder.start(yaml.safe_load(folder.config.read_text()).get("start_from"))
-    except (OSError, yaml.YAMLError, AttributeError):
+        return folder.start(read_yaml(folder.config).get("start_from"))
+    except (OSError, ValueError, AttributeError):
         return None  # the run itself will say what is wrong

@@ -39,6 +39,7 @@ if __package__ in (None, ""):
 
 from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, UserError
 from runfolder.files import read_json, write_json
+from runfolder.folder import typed
 
 _PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "srun")
 _SBIN = ("/usr/local/sbin", "/usr/sbin", "/sbin")
@@ -598,7 +599,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="up | status | down")
     for name in ("up", "status", "down"):
         command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("--root", metavar="DIR", type=Path, default=default, help=f"its folder ({default})")
+        command.add_argument("--root", metavar="DIR", type=typed, default=default, help=f"its folder ({default})")
         if name == "up":
             command.add_argument("--nodes", type=int, default=3, help="how many nodes (3)")
             command.add_argument("--gpus", type=int, default=2, help="how many GPUs each (2)")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import signal
-from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
 from runfolder.errors import EXIT_BUSY, EXIT_TRY_AGAIN
-from runfolder.failures import TRACEBACK_LINES, FailureKind, record
-from runfolder.files import read_json
+from runfolder.failures import DISK_ERRORS, TRACEBACK_LINES, FailureKind, record
 from runfolder.folder import RunFolder
 from runfolder.lease import is_held
-from runfolder.records import Failure
+from runfolder.records import Failure, read_record
 from runfolder.states import is_cancelled, is_finished
 from slurm import ledger
 from slurm.notices import signal_name
@@ -57,9 +55,9 @@ def judge(folder: RunFolder, code: int, stopped: str, was_told: bool, has_elsewh
         return Verdict(stopped, "".join(last_lines(folder, 1)), Then.later)
     if code == EXIT_BUSY or (code > 0 and is_held(folder)):  # a newer copy of this job trains it
         return Verdict("busy", f"trained by {ledger.holder(folder)}", Then.leave)
-    failure = read_json(folder.failure)
+    failure = read_record(folder.failure, Failure)
     if failure.get("kind") in [kind for kind in FailureKind if kind.may_pass_elsewhere]:
-        reason = f"{failure['kind']}: {failure['reason']}"
+        reason = f"{failure['kind']}: {failure.get('reason', '')}"
         return (
             Verdict("node", reason, Then.elsewhere, failure) if has_elsewhere else Verdict("failed", reason, Then.fail)
         )
@@ -68,16 +66,19 @@ def judge(folder: RunFolder, code: int, stopped: str, was_told: bool, has_elsewh
     if code < 0:
         return Verdict("killed", f"killed by {signal_name(-code)}", Then.again)
     failure = failure or _unexplained(folder, code)
-    return Verdict("failed", f"{failure['kind']}: {failure['reason']}", Then.fail)
+    return Verdict("failed", f"{failure.get('kind')}: {failure.get('reason', '')}", Then.fail)
 
 
 def _unexplained(folder: RunFolder, code: int) -> Failure:
     """The record of a process that has left none, from the end of its output."""
     lines = last_lines(folder, TRACEBACK_LINES)
-    reason = f"exit code {code}: {lines[-1] if lines else 'no output'}"
-    with suppress(OSError):
-        record(folder, FailureKind.code, reason, lines)
-    return {"kind": FailureKind.code, "reason": reason}
+    kind, reason = FailureKind.code, f"exit code {code}: {lines[-1] if lines else 'no output'}"
+    try:
+        record(folder, kind, reason, lines)
+    except OSError as error:
+        if error.errno in DISK_ERRORS:  # then this is what has ended the run, too
+            kind, reason = FailureKind.disk, f"{folder} cannot be written: {error.strerror}"
+    return {"kind": kind, "reason": reason}
 
 
 def last_lines(folder: RunFolder, count: int) -> list[str]:

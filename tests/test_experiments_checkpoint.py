@@ -1,3 +1,4 @@
+import errno
 import os
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import torch
 
 from experiments.training.checkpoint import FORMAT, CheckpointError, Keeper, load, newest_good, weights_digest
 from runfolder import files
+from runfolder.errors import UserError
 from runfolder.files import write_atomically
 from runfolder.folder import newest_first
 
@@ -242,3 +244,36 @@ def test_a_failed_save_keeps_the_checkpoint_before(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left"):
         Keeper(tmp_path, HASH, 1, good).save(2, _content(2))
     assert newest_good(tmp_path, HASH, pytest.fail) == good
+
+
+@pytest.mark.parametrize(("number", "kind"), [(errno.EIO, "node"), (errno.ESTALE, "node"), (errno.EACCES, "disk")])
+def test_a_checkpoint_that_cannot_be_read_just_now_is_not_damaged(number, kind, tmp_path, monkeypatch):
+    """Nothing is passed over, and so nothing deleted: it may be as good as ever."""
+    paths = _saved(tmp_path)
+    real = Path.read_bytes
+
+    def fails(path):
+        if path == paths[-1]:
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails)
+    with pytest.raises(UserError, match=f"expected to read {paths[-1]}, got: .*nothing has been deleted") as refused:
+        newest_good(tmp_path, HASH, pytest.fail)
+    assert refused.value.kind == kind
+    monkeypatch.undo()
+    assert newest_good(tmp_path, HASH, pytest.fail) == paths[-1]
+
+
+def test_a_checkpoint_that_has_just_gone_is_passed_over(tmp_path, monkeypatch):
+    paths, said = _saved(tmp_path), []
+    real = Path.read_bytes
+
+    def goes(path):
+        if path == paths[-1]:
+            path.unlink()
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", goes)
+    assert newest_good(tmp_path, HASH, said.append) == paths[0]
+    assert "is gone" in said[0]

@@ -7,14 +7,18 @@ import pytest
 import torch
 
 from experiments.config import folder_of, prepare_folder
+from experiments.training.checkpoint import Keeper
 from experiments.training.diagnosis import kind_of, record_error
 from experiments.training.loop import Trainer
 from experiments.training.run import run
 from experiments.training.stop import StoppedError
-from runfolder.errors import RunBusyError, TrainingFailedError, UserError
-from runfolder.failures import TRACEBACK_LINES, FailureKind, record
+from runfolder import failures
+from runfolder.errors import RunBusyError, SupersededError, TrainingFailedError, UserError
+from runfolder.failures import TRACEBACK_LINES, FailureKind, keep_room, record
 from runfolder.folder import RunFolder
 from runfolder.states import state_of
+from runfolder.tickets import issue
+from slurm.verdict import judge
 from tests.cases import tiny_config
 from tests.holding import held_elsewhere
 from tract import NonFiniteError
@@ -32,6 +36,7 @@ KINDS = [
     (UserError("expected optim.lr to be a number"), "input"),
     (OSError(errno.ENOSPC, "No space left on device"), "disk"),
     (OSError(errno.EROFS, "Read-only file system"), "disk"),
+    (OSError(errno.EPERM, "Operation not permitted"), "disk"),
     (OSError(errno.EIO, "Input/output error"), "node"),
     (OSError(errno.ESTALE, "Stale file handle"), "node"),
     (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "node"),
@@ -147,3 +152,50 @@ def test_a_refused_start_says_nothing_about_somebody_elses_run(tmp_path):
     with pytest.raises(UserError, match="GPU"):
         run(config)
     assert _recorded(folder)["kind"] == "input"
+
+
+def test_a_full_disk_takes_the_record_of_its_failure(tmp_path, monkeypatch):
+    """There is room for it: a file that goes then."""
+    folder = RunFolder(tmp_path)
+    keep_room(folder)
+    real = failures.write_json
+
+    def full(path, content):
+        if folder.room.exists():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, content)
+
+    monkeypatch.setattr(failures, "write_json", full)
+    record(folder, FailureKind.disk, "full")
+    assert json.loads(folder.failure.read_text())["kind"] == "disk"
+
+
+def test_a_run_keeps_room_while_it_trains_and_no_longer(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, max_steps=1)
+    room, seen, trained = folder_of(config).room, [], Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: (seen.append(room.stat().st_size), trained(self)))
+    run(config)
+    assert seen == [8192]
+    assert not room.exists()
+
+
+def test_without_a_record_a_full_disk_is_still_called_so(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(failures, "write_json", full)
+    verdict = judge(RunFolder(tmp_path), 1, "stopped", was_told=False, has_elsewhere=False)
+    assert verdict.reason.startswith(f"disk: {tmp_path} cannot be written: No space left")
+
+
+def test_a_writer_whose_file_a_newer_one_has_removed_leaves_as_superseded(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, max_steps=2, **{"runtime.checkpoint_steps": 1})
+    folder = folder_of(config)
+
+    def gone(*_):
+        issue(folder.lease, 2, {"host": "elsewhere", "beats_every": 10.0})
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", "x.tmp")
+
+    monkeypatch.setattr(Keeper, "save", gone)
+    with pytest.raises(SupersededError, match="has been taken over"):
+        run(config)

@@ -1,5 +1,6 @@
 """A run folder has one owner; the newest ticket wins, and the older one damages nothing."""
 
+import errno
 import json
 import os
 import subprocess
@@ -14,9 +15,11 @@ from experiments.config import folder_of
 from experiments.training import checkpoint
 from experiments.training.loop import Trainer
 from experiments.training.run import run
+from runfolder import process
 from runfolder.errors import RunBusyError, SupersededError
 from runfolder.folder import RunFolder
-from runfolder.lease import Heartbeat, is_held, take
+from runfolder.lease import Heartbeat, describe, is_held, take
+from runfolder.records import Holder, read_record
 from runfolder.states import state_of
 from runfolder.tickets import highest, issue, now_in, temporary
 from tests.cases import tiny_config
@@ -265,3 +268,53 @@ def test_a_checkpoint_of_a_superseded_process_is_passed_over(tmp_path):
     keeper.save(content["step"], {key: content[key] for key in content if key not in ("format", "config_hash", "step")})
     assert run(config)["weights_sha256"] == expected["weights_sha256"]
     assert "it is passed over" in (folder / "log.txt").read_text()
+
+
+def test_a_lease_dated_in_the_future_is_no_sign_of_life(folder):
+    path = _elsewhere(folder, 1)
+    os.utime(path, (time.time() + 3600,) * 2)
+    assert not is_held(folder)
+    assert take(folder, 10.0).number == 2
+
+
+def test_words_for_numbers_in_a_lease_are_as_if_they_were_not_there(folder):
+    path = _elsewhere(folder, 1, beats_every="soon", pid="many", restart=[], job="7")
+    assert is_held(folder)
+    assert "process ? on elsewhere" in describe(read_record(path, Holder))
+    os.utime(path, (time.time() - 70,) * 2)
+    assert take(folder, 10.0).number == 2
+
+
+# -- processes that may not be seen -------------------------------------------------------
+
+
+def _hidden(monkeypatch, number):
+    """As with hidepid: no file in /proc, and signals are refused (EPERM) or, of none, unknown (ESRCH)."""
+    monkeypatch.setattr(process, "_read", lambda path: "" if path.endswith("/stat") else "boot")
+
+    def kill(pid, signal):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "kill", kill)
+
+
+@pytest.mark.parametrize(("number", "dead"), [(errno.EPERM, None), (errno.ESRCH, True)])
+def test_a_process_that_may_not_be_seen_is_not_dead(monkeypatch, number, dead):
+    _hidden(monkeypatch, number)
+    assert process.is_dead(process.this_process(12345) | {"began": "77"}) is dead
+    assert process.is_gone(12345) is dead
+
+
+def test_the_live_run_of_another_user_is_not_taken_until_its_heartbeat_is_old(folder, monkeypatch):
+    _hidden(monkeypatch, errno.EPERM)
+    holder = process.this_process(12345) | {"began": "77", "beats_every": 10.0}
+    path = issue(folder.lease, 1, holder)
+    with pytest.raises(RunBusyError):
+        take(folder, 10.0)
+    os.utime(path, (time.time() - 70,) * 2)
+    assert take(folder, 10.0).number == 2
+
+
+def test_this_process_is_seen():
+    assert process.is_dead(process.this_process()) is False
+    assert process.is_gone(os.getpid()) is False

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from experiments.config import compose_config, folder_of, run_name
+from experiments.config import compose_config, config_hash, folder_of, prepare_folder, run_name
 from experiments.models import build_model
+from experiments.training.checkpoint import Keeper
 from experiments.training.start import load_start
 from runfolder.errors import UserError
 from runfolder.folder import RunFolder
@@ -162,3 +163,20 @@ def test_what_is_not_there_or_not_finished_is_one_sentence(tmp_path):
     (tmp_path / "text.pt").write_text("text")
     with pytest.raises(UserError, match="expected a checkpoint in start_from=.*text.pt, got: "):
         load_start(tiny_config(tmp_path, start_from=str(tmp_path / "text.pt")), model, print)
+
+
+def test_a_checkpoint_that_does_not_have_its_checksum_is_refused(tmp_path):
+    """Of a run, or given as a file; a flipped byte may be read as other weights."""
+    model = build_model("resnet_small", 10)
+    config = tiny_config(tmp_path)
+    folder = prepare_folder(config)
+    path = Keeper(folder.checkpoints, config_hash(config), 1).save(1, {"model": model.state_dict()})
+    folder.result.write_text('{"metrics": {}}')
+    for given in (str(path), folder.name):
+        load_start(tiny_config(tmp_path, start_from=given, seed=1), build_model("resnet_small", 10), print)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 0x20
+    path.write_bytes(content)
+    for given in (str(path), folder.name):
+        with pytest.raises(UserError, match=f"{path} is damaged: its .* do not have the checksum in its name"):
+            load_start(tiny_config(tmp_path, start_from=given, seed=1), build_model("resnet_small", 10), print)

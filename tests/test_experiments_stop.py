@@ -1,5 +1,10 @@
+import fcntl
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 
 import pytest
 
@@ -123,3 +128,45 @@ def test_a_run_that_is_lost_is_left_whatever_else_was_asked():
     stop.notice(signal.SIGUSR2)
     stop.abandon("taken")
     assert (stop.wish(), stop.why) == (Wish.ABANDON, "taken")
+
+
+def test_a_terminal_that_goes_away_stops_as_sigterm_does():
+    stop = StopRequest(None, Clock())
+    with listening(stop):
+        stop.notice(signal.SIGHUP)
+        assert (stop.wish(), stop.why) == (Wish.STOP, "signal SIGHUP")
+    stop = StopRequest(None, Clock(), on_term="save")
+    stop.notice(signal.SIGHUP)
+    assert stop.wish() == Wish.SAVE
+
+
+def test_under_nohup_the_terminal_may_go():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening(stop := StopRequest(None, Clock())):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.wish() == Wish.GO_ON
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_on_a_terminal_that_is_closed_saves_and_leaves(tmp_path):
+    """A real terminal: writing to it is an error from then on."""
+    here, there = pty.openpty()
+    call = [sys.executable, "experiments/quickstart.py", "model=resnet_small", "runtime.threads=1", "epochs=400"]
+    run = subprocess.Popen(
+        [*call, f"runtime.runs={tmp_path}", "runtime.log_every=1"],
+        stdin=there,
+        stdout=there,
+        stderr=there,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(there)
+    printed = b""
+    while b"epoch 1/" not in printed:  # else the end of the terminal is an error here
+        printed += os.read(here, 4096)
+    os.close(here)
+    assert run.wait(60) == 75
+    assert len(list(tmp_path.glob("*/*/checkpoints/*.pt"))) == 1

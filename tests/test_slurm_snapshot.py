@@ -55,7 +55,8 @@ def test_a_clean_checkout_is_copied_file_by_file(checkout, tmp_path):
     assert os.access(target / "start", os.X_OK)
     assert not os.access(target / "README.md", os.X_OK)
     head = git(checkout, "rev-parse", "HEAD")
-    assert record == {"commit": head, "dirty": False, "untracked": [], "diff": None, "left_out": []}
+    known = {"commit": head, "dirty": False, "unknown": None}
+    assert record == known | {"untracked": [], "diff": None, "left_out": []}
     assert json.loads((target / "snapshot.json").read_text()) == record
 
 
@@ -118,7 +119,9 @@ def test_without_git_the_packages_are_copied(checkout, tmp_path):
     write(checkout / "tract" / "__pycache__" / "a.pyc", "")
     write(checkout / "notes.odt", "")
     record = take(tmp_path / "copy", checkout)
-    assert record == {"commit": None, "dirty": False, "untracked": [], "diff": None, "left_out": []}
+    assert (record.pop("commit"), record.pop("dirty")) == (None, None)
+    assert "not a git repository" in record.pop("unknown")
+    assert record == {"untracked": [], "diff": None, "left_out": []}
     assert files(tmp_path / "copy") == {"README.md", "tract/__init__.py", "tract/old.py", "snapshot.json"}
 
 
@@ -198,3 +201,36 @@ def test_a_module_of_a_copy_is_run_by_name(decoy, tmp_path):
     where = [sys.executable, "-c", "import tract, experiments, slurm; print(tract.__file__)"]
     done = subprocess.run(where, env=decoy, cwd=copy, check=True, capture_output=True, text=True)
     assert done.stdout.strip() == str(copy / "tract" / "__init__.py")
+
+
+def _of_another_owner(monkeypatch):
+    """As in a container: git's own variable for its tests."""
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+
+
+def test_a_checkout_of_another_owner_is_asked_too(checkout, tmp_path, monkeypatch):
+    head = git(checkout, "rev-parse", "HEAD")
+    _of_another_owner(monkeypatch)
+    assert subprocess.run(["git", "-C", checkout, "status"], capture_output=True, check=False).returncode != 0
+    assert (code_of(checkout).commit, code_of(checkout).dirty) == (head, False)
+    write(checkout / "tract" / "old.py", "edited = True\n")
+    assert code_of(checkout).dirty is True
+    record = take(tmp_path / "copy", checkout)
+    assert (record["commit"], record["dirty"], record["diff"]) == (head, True, "snapshot.patch")
+
+
+@pytest.mark.parametrize(
+    ("program", "words"), [("#!/bin/sh\necho fatal: a fault >&2\nexit 128\n", "fatal: a fault"), (None, "git: No such")]
+)
+def test_unknown_is_not_clean(checkout, tmp_path, monkeypatch, program, words):
+    (tmp_path / "bin").mkdir()
+    if program is not None:
+        write(tmp_path / "bin" / "git", program)
+        (tmp_path / "bin" / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    code = code_of(checkout)
+    assert (code.commit, code.dirty) == (None, None)
+    assert code.unknown.startswith(words)
+    record = take(tmp_path / "copy", checkout)
+    assert code_of(tmp_path / "copy") == code
+    assert record["unknown"] == code.unknown

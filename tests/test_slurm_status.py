@@ -8,6 +8,7 @@ import pty
 import random
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import pytest
 
 from benchmarks import ledger as benchmark
 from runfolder.errors import UserError
+from runfolder.folder import RunFolder
 from runfolder.process import this_process
 from runfolder.states import State
 from runfolder.tickets import issue
@@ -314,9 +316,9 @@ DAMAGE = [
     ("running", "progress.json", WRONG, "?"),
     ("running", "progress.json", PROGRESS | {"step": float("nan"), "images_per_second": True}, "?"),
     ("running", "progress.json", '{"step": 1' + "0" * 500 + "}", "?"),
-    ("running", "progress.json", PROGRESS | {"images_per_second": True}, "?"),
+    ("running", "progress.json", PROGRESS | {"images_per_second": True}, "-"),
     ("running", "progress.json", {key: value for key, value in PROGRESS.items() if key != "value"} | {"host": 3}, "-"),
-    ("running", "progress.json", PROGRESS | {"value": None, "seconds_left": "soon"}, "?"),
+    ("running", "progress.json", PROGRESS | {"value": None, "seconds_left": "soon"}, "-"),
     ("running", "lease/00000001.json", HALF, "61.25"),
     ("running", "attempts/00000001.json", HALF, "61.25"),
     ("finished", "result.json", HALF, "?"),
@@ -326,9 +328,9 @@ DAMAGE = [
     ("failed", "failure.json", {"kind": {"a": 1}, "reason": 5, "traceback": "text", "host": ["x"]}, "failed"),
     ("failed", "failure.json", {"kind": "new kind", "reason": "a\x1b[31mb\nc", "traceback": [1, None]}, "failed"),
     ("queued", "claims/00000002.json", HALF, "missing"),
-    ("queued", "claims/00000002.json", {"submission": [1], "made": "now"}, "failed"),
-    ("queued", "claims/00000002.json", {"submitted": True, "scheduler": "local"}, "failed"),
-    ("missing", "lease/00000001.json", {"beats_every": "soon"}, "failed"),
+    ("queued", "claims/00000002.json", {"submission": [1], "made": "now"}, "missing"),
+    ("queued", "claims/00000002.json", {"submitted": True, "scheduler": "local"}, "missing"),
+    ("missing", "lease/00000001.json", {"beats_every": "soon", "pid": "many", "restart": []}, "running"),
     ("cancelled", "cancelled", HALF, "cancelled"),
 ]
 
@@ -348,7 +350,10 @@ def test_a_damaged_file_hides_no_other_run(runs, slurm, call, state, name, conte
     assert {run["run"] for run in json.loads(call("--json")[1])["runs"]} == {"good", "hurt"}
     assert call("show", "hurt")[0] in (1, 75)
     if name == "result.json":
-        assert "1 finished with a result that cannot be read; delete it, then retry: runs/demo/hurt/result.json" in text
+        assert (
+            "1 finished with a result that cannot be read; move it elsewhere, then retry: runs/demo/hurt/result.json"
+            in text
+        )
 
 
 def test_a_folder_that_cannot_be_read_is_a_failure_of_its_own(runs, slurm, call):
@@ -1051,3 +1056,27 @@ def test_retry_without_slurm_leaves_what_is_cancelled_to_the_launcher(runs, slur
     assert call("retry")[0] == 2
     assert launched.calls == [["one"]]
     assert (folder / "cancelled").exists()
+
+
+# -- copies of runs -----------------------------------------------------------------------
+
+
+def test_a_copied_claim_is_nobodys(runs, slurm, call, tmp_path):
+    """Cancelling a copy leaves the original's job alone."""
+    folder = RunFolder(make(runs, "resnet-s1-aaaaaaa1"))
+    assert ledger.claim([folder], "sub") == [folder]
+    ledger.amend_claim(folder, **submitted(1))
+    slurm.tell([("77_1", "PENDING", "Resources", "", "sub.0")])
+    copy = tmp_path / "copy"
+    shutil.copytree(runs, copy)
+    assert ledger.claim_of(RunFolder(copy / "demo" / folder.name)) == {}
+    assert call("cancel", folder.name, "--runs", str(copy))[0] == 0
+    assert slurm.calls("scancel") == []
+    assert ledger.is_claimed_by(folder, "sub")
+    moved = tmp_path / "moved"
+    runs.rename(moved)
+    runs.symlink_to(moved)
+    for place in (runs, moved):
+        assert ledger.is_claimed_by(RunFolder(place / "demo" / folder.name), "sub")
+    assert call("cancel", folder.name)[0] == 0
+    assert len(slurm.calls("scancel")) == 1

@@ -8,6 +8,7 @@ plain values.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import re
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 import torch.nn as nn
 
+from runfolder.errors import UserError
+from runfolder.failures import FailureKind
 from runfolder.files import remove_leftovers, write_atomically
 from runfolder.folder import newest_first
 
@@ -76,16 +79,28 @@ class Keeper:
             old.unlink(missing_ok=True)
 
 
+def read(path: Path) -> bytes:
+    """The bytes of a file; of a checkpoint those that the checksum in its name is of.
+
+    Raises:
+        CheckpointError: they are others.
+        OSError: the file cannot be read, which does not say that it is damaged.
+    """
+    match, data = _NAME.fullmatch(path.name), path.read_bytes()
+    if match and hashlib.sha256(data).hexdigest()[:16] != match[2]:
+        raise CheckpointError(f"{path} is damaged: its {len(data)} bytes do not have the checksum in its name")
+    return data
+
+
 def load(path: Path, config_hash: str) -> dict[str, Any]:
     """Read one checkpoint.
 
     Raises:
         CheckpointError: damaged, of another configuration or of another format.
     """
-    match = _NAME.fullmatch(path.name)
-    data = path.read_bytes()
-    if not match or hashlib.sha256(data).hexdigest()[:16] != match[2]:
-        raise CheckpointError(f"{path} is damaged: its {len(data)} bytes do not have the checksum in its name")
+    if not _NAME.fullmatch(path.name):
+        raise CheckpointError(f"{path} is not named as a checkpoint, step-STEP-CHECKSUM.pt")
+    data = read(path)
     try:
         content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
@@ -112,13 +127,24 @@ def newest_good(
         config_hash: the configuration of the run.
         report: called with one sentence for each checkpoint that is passed over.
         fault: told a checkpoint's content, why it cannot be used all the same, or None.
+
+    Raises:
+        UserError: a checkpoint or what belongs to it cannot be read; it may be as good as ever.
     """
     remove_leftovers(folder)
     for path in newest_first(folder):
         try:
             reason = fault(load(path, config_hash))
-        except (CheckpointError, OSError) as error:
+        except CheckpointError as error:
             reason = str(error)
+        except FileNotFoundError as error:
+            reason = f"{error.filename} is gone"
+        except OSError as error:
+            raise UserError(
+                f"expected to read {error.filename or path}, got: {error.strerror}; nothing has been deleted, and the "
+                "same command continues when it can be read.",
+                FailureKind.disk if error.errno in (errno.EACCES, errno.EPERM) else FailureKind.node,
+            ) from None
         if reason is None:
             return path
         report(f"{path.name}: {reason}; it is passed over")

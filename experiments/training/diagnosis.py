@@ -14,13 +14,12 @@ import torch
 from experiments.training.held import HeldFolder
 from experiments.training.stop import StoppedError
 from runfolder.errors import RunBusyError, TrainingFailedError, UserError
-from runfolder.failures import TRACEBACK_LINES, FailureKind, record
+from runfolder.failures import DISK_ERRORS, TRACEBACK_LINES, FailureKind, record
 from runfolder.files import read_json
 from runfolder.folder import RunFolder
 from runfolder.place import place_of_this_rank
 from tract import NonFiniteError
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 _FAULTS = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO)
 _NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
 _PEER = re.compile(
@@ -45,8 +44,8 @@ def kind_of(error: BaseException) -> FailureKind:
         return error.kind
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or _NO_MEMORY.search(text):
         return FailureKind.out_of_memory
-    if isinstance(error, OSError) and error.errno in (*_DISK, *_FAULTS):
-        return FailureKind.disk if error.errno in _DISK else FailureKind.node
+    if isinstance(error, OSError) and error.errno in (*DISK_ERRORS, *_FAULTS):
+        return FailureKind.disk if error.errno in DISK_ERRORS else FailureKind.node
     if isinstance(error, RuntimeError | ConnectionError):
         if _NODE.search(text):
             return FailureKind.node

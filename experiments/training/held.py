@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from experiments.config import Config, folder_of, prepare_folder
 from experiments.ranks import Ranks
 from runfolder.errors import SupersededError, UserError
-from runfolder.failures import FailureKind
+from runfolder.failures import FailureKind, keep_room
 from runfolder.files import write_json
 from runfolder.folder import RunFolder
 from runfolder.lease import Heartbeat, Lease, is_held, take
@@ -69,6 +69,7 @@ class HeldFolder:
         finished = read_result(folder)
         if finished is None:
             folder.failure.unlink(missing_ok=True)
+            keep_room(folder)
             prepare_folder(self._config)
         return finished
 
@@ -78,7 +79,8 @@ class HeldFolder:
         Raises:
             SupersededError: a newer process has taken the run.
         """
-        self._lease.check()
+        if self._lease is not None:  # of the first rank
+            self._lease.check()
 
     def may_write(self) -> bool:
         """Whether no other process has the run; other ranks than the first cannot tell a newer one."""
@@ -97,6 +99,7 @@ class HeldFolder:
         """Write ``result.json``, if the run is still ours."""
         self.check()
         write_json(self.folder.result, result)
+        self.folder.room.unlink(missing_ok=True)
 
 
 @contextmanager

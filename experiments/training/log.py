@@ -46,7 +46,7 @@ class RunLog:
         self._handlers: list[logging.Handler] = []
         if folder is None:
             return
-        self._handlers = [logging.FileHandler(folder.log), _BesideTheBar()]
+        self._handlers = [logging.FileHandler(folder.log, errors="backslashreplace"), _BesideTheBar()]
         for handler in self._handlers:
             handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
             self._logger.addHandler(handler)

@@ -32,10 +32,11 @@ _PACKAGES = ("torch", "torchvision", "numpy", "hydra-core", "tensorboard")
 class Code:
     """The state of the source code: a commit and how the files differ from it."""
 
-    commit: str | None  # None: not under git
-    dirty: bool
+    commit: str | None  # None: unknown
+    dirty: bool | None  # None: unknown
     untracked: list[str]
     patch: bytes  # uncommitted changes of tracked files
+    unknown: str | None = None  # why it is unknown
 
 
 def code_of(root: Path) -> Code:
@@ -46,11 +47,14 @@ def code_of(root: Path) -> Code:
     """
     if (root / SNAPSHOT).exists():  # git would answer for the checkout that the copy happens to lie in
         return _code_of_snapshot(root)
-    if not listed(root, "--cached"):
-        return Code(None, False, [], b"")
-    patch = git(root, "diff", "--no-ext-diff", "--no-color", "HEAD")
-    untracked = listed(root, "--others", "--exclude-standard")
-    commit = git(root, "rev-parse", "HEAD").decode().strip() or None
+    try:
+        if not listed(root, "--cached"):
+            raise GitError("git knows no file of it")
+        patch = git(root, "diff", "--no-ext-diff", "--no-color", "HEAD")
+        untracked = listed(root, "--others", "--exclude-standard")
+        commit = git(root, "rev-parse", "HEAD").decode().strip()
+    except GitError as error:
+        return Code(None, None, [], b"", str(error))
     return Code(commit, bool(patch or untracked), untracked, patch)
 
 
@@ -58,23 +62,44 @@ def _code_of_snapshot(root: Path) -> Code:
     try:
         record = json.loads((root / SNAPSHOT).read_text())
         patch = (root / record["diff"]).read_bytes() if record["diff"] else b""
-        return Code(record["commit"], record["dirty"], record["untracked"], patch)
+        return Code(record["commit"], record["dirty"], record["untracked"], patch, record.get("unknown"))
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(
             f"expected in {root / SNAPSHOT} what this copy of the code was made from, got something else; submit again."
         ) from None
 
 
+class GitError(Exception):
+    """Git does not answer, and why."""
+
+
 def git(root: Path, *arguments: str) -> bytes:
-    """What git prints, or nothing where there is no git or no repository."""
+    """What git prints.
+
+    A checkout of another owner is asked too: its code is what runs.
+
+    Raises:
+        GitError: there is no git or no repository, or git fails.
+    """
+    trusted = ["-c", f"safe.directory={root.resolve()}", "-c", "core.fsmonitor=false"]
     try:
-        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, check=True, timeout=30).stdout
-    except (OSError, subprocess.SubprocessError):
-        return b""
+        command = ["git", "-C", str(root), *trusted, *arguments]
+        return subprocess.run(command, capture_output=True, check=True, timeout=30).stdout
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.decode(errors="backslashreplace").strip().splitlines()
+        raise GitError(said[0] if said else f"git has exit code {error.returncode}") from None
+    except subprocess.TimeoutExpired:
+        raise GitError("git takes more than 30 s") from None
+    except OSError as error:
+        raise GitError(f"git: {error.strerror}") from None
 
 
 def listed(root: Path, *which: str) -> list[str]:
-    """The names that ``git ls-files`` gives, relative to the root."""
+    """The names that ``git ls-files`` gives, relative to the root.
+
+    Raises:
+        GitError: as :func:`git`.
+    """
     return [os.fsdecode(name) for name in git(root, "ls-files", "-z", *which).split(b"\0") if name]
 
 
@@ -103,6 +128,7 @@ def record_attempt(folder: RunFolder, device: torch.device, ranks: int, step: in
         "commit": code.commit,
         "dirty": code.dirty,
         "diff": patch,
+        "unknown": code.unknown,
         "untracked": code.untracked[:100],
         "packages": versions(),
         "hardware": hardware(device),
@@ -112,6 +138,26 @@ def record_attempt(folder: RunFolder, device: torch.device, ranks: int, step: in
     }
     write_json(folder.provenance, {"attempts": [*attempts, attempt]})
     return len(attempts) + 1
+
+
+def check_data(folder: RunFolder, data: str, where: str) -> None:
+    """See that a run goes on with the data that it began with.
+
+    Args:
+        folder: the run folder.
+        data: fingerprint of the data set that is there now.
+        where: what to call it in an error.
+
+    Raises:
+        UserError: they are others.
+    """
+    begun = [attempt for attempt in _earlier_attempts(folder.provenance) if attempt.get("resumed_from_step") == 0]
+    first = begun[-1].get("data", data) if begun else data
+    if first != data:
+        raise UserError(
+            f"expected the data that {folder.name} began with (fingerprint {first}), got others in {where} "
+            f"(fingerprint {data}): other classes, names, sizes or numbers of images; continue it where the first are."
+        )
 
 
 def _earlier_attempts(path: Path) -> list[Attempt]:

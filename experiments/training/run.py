@@ -20,13 +20,13 @@ from experiments.training.diagnosis import failure_recorded
 from experiments.training.held import HeldFolder
 from experiments.training.log import RunLog, lost_events
 from experiments.training.loop import Trainer
-from experiments.training.provenance import record_attempt
+from experiments.training.provenance import check_data, record_attempt
 from experiments.training.stop import StopRequest, listening
 from experiments.training.torch_settings import profiled, torch_settings
 from runfolder.errors import UserError
-from runfolder.failures import FailureKind
+from runfolder.failures import DISK_ERRORS, FailureKind
 from runfolder.files import remove_leftovers, write_json
-from runfolder.folder import RunFolder
+from runfolder.folder import RunFolder, typed
 from runfolder.place import node_name
 from runfolder.records import Progress, Result, read_result
 
@@ -57,7 +57,7 @@ def run(config: Config) -> Result:
         finished = held.take(ranks)
         if finished is not None:
             return finished
-        with torch_settings(config), _disk_named(folder):
+        with torch_settings(config), _disk_named(folder, held):
             return _train(config, held, device, ranks, stop)
 
 
@@ -75,6 +75,8 @@ def _train(config: Config, held: HeldFolder, device: torch.device, ranks: Ranks,
     log = RunLog(own, held.check)
     try:
         start, state = _checkpoint_to_continue(config, folder, ranks, log.say)
+        if state is not None:
+            ranks.agree(lambda: check_data(folder, fingerprint(data), _place_of_data(config)))
         save = _saver(config, held, start)
         trainer = build_trainer(config, data, ranks, device, stop, log, save, state)
         try:
@@ -111,6 +113,11 @@ def _checkpoint_to_continue(
 
     start = ranks.agree(choose)
     return start, None if start is None else checkpoint.load(start, config_hash(config))
+
+
+def _place_of_data(config: Config) -> str:
+    root = config.data.get("root")
+    return f"data={config.data['name']}" if root is None else f"data.root={typed(root).absolute()}"
 
 
 def _saver(config: Config, held: HeldFolder, start: Path | None) -> Callable[[int, dict[str, Any]], None]:
@@ -156,12 +163,13 @@ def _result(config: Config, trainer: Trainer, attempts: int) -> Result:
 
 
 @contextmanager
-def _disk_named(folder: RunFolder) -> Iterator[None]:
+def _disk_named(folder: RunFolder, held: HeldFolder) -> Iterator[None]:
     """A full or failing disk in one sentence; earlier checkpoints are untouched."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE):
+        held.check()  # a newer process may have removed the file that this one was writing
+        if error.errno not in (*DISK_ERRORS, errno.EIO, errno.ESTALE):
             raise
         raise UserError(
             f"expected to write into {folder}, got: {error.strerror}; mend that, and the same command continues "

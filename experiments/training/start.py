@@ -6,16 +6,17 @@ size is carried over as far as it can be, and said.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from experiments.config import Config, folder_of
+from experiments.training import checkpoint
 from runfolder.errors import UserError
-from runfolder.folder import TIMM
+from runfolder.folder import TIMM, typed
 from runfolder.states import State, state_of
 
 
@@ -77,9 +78,9 @@ def _weights(config: Config) -> tuple[dict[str, Tensor], str]:
         if path is None:
             raise UserError(f"expected a checkpoint in {run.checkpoints}, got none; give start_from=FILE.")
     else:
-        path = Path(given).expanduser()
+        path = typed(given)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(io.BytesIO(checkpoint.read(path)), map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"expected a checkpoint in start_from={path}, got no such file.") from None
     except Exception as error:

@@ -7,18 +7,23 @@ signals mean:
 - SIGTERM: the same outside a batch system. Inside one it can be the beginning of a requeue,
   of a preemption or of a cancellation, and leaving early would be taken for the run's end:
   ``on_term="save"`` saves a checkpoint and goes on until the process is killed.
+- SIGHUP (the terminal is gone): as SIGTERM, and nothing more is printed. Where it is ignored, as under
+  nohup, it stays so.
 - SIGINT (Ctrl-C): save and leave; a second one interrupts at once.
 """
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+_TERMS = (signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedError(Exception):
@@ -57,7 +62,9 @@ class StopRequest:
 
     def notice(self, number: int, _frame=None) -> None:
         """The signal handler."""
-        if number == signal.SIGTERM and self._on_term == "save":
+        if number == signal.SIGHUP:
+            _print_no_more()
+        if number in _TERMS and self._on_term == "save":
             self._save_asked = True
             return
         if number == signal.SIGINT and self._signal is not None:
@@ -99,10 +106,19 @@ class StopRequest:
         return Wish.GO_ON
 
 
+def _print_no_more() -> None:
+    """Writing to a terminal that is gone is an error."""
+    for descriptor in (1, 2):
+        with suppress(OSError):
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+
+
 @contextmanager
 def listening(request: StopRequest) -> Iterator[None]:
     """Send signals to this request; the handlers from before come back afterwards."""
-    before = {number: signal.signal(number, request.notice) for number in SIGNALS}
+    hang_up = (signal.SIGHUP,) if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN else ()
+    before = {number: signal.signal(number, request.notice) for number in (*SIGNALS, *hang_up)}
     try:
         yield
     finally:
