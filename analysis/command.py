@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from analysis.cache import Cache, default_folder
-from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest, print_any_name, reader_has_left
+from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest
 from runfolder.folder import typed
+from runfolder.printing import print_any_name, printable, reader_has_left
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,5 +72,5 @@ def exit_code(command: Callable[[], int]) -> int:
 
 
 def _refused(sentence: str) -> int:
-    print(f"error: {sentence}", file=sys.stderr)
+    print(f"error: {printable(sentence)}", file=sys.stderr)
     return EXIT_BAD_INPUT

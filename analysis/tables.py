@@ -37,6 +37,7 @@ from analysis.paper_runtime import build_runtime_table
 from analysis.rendering import render
 from runfolder.errors import UserError, nearest
 from runfolder.folder import typed
+from runfolder.printing import printable
 from runfolder.tags import primary_metric
 
 _SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
@@ -58,7 +59,7 @@ def _run(options: argparse.Namespace) -> int:
         runs = load_runs(options.runs, options.experiment, chosen_cache(options))
         tables = tables_from(runs, metric, options.baseline, best, options.speedup)
     if options.explain is not None:
-        print(explain(find(numbers_of(tables), options.explain)), end="")
+        print(printable(explain(find(numbers_of(tables), options.explain))), end="")
     elif options.table is not None:
         _write(tables, [table.name.replace(" ", "-") for table in tables], render_paper, options)
     else:
@@ -156,12 +157,12 @@ def _experiment_name(table: Table) -> str:
 def _write(tables: Sequence, names: Sequence[str], render: Callable[[Sequence, str], str], options) -> None:
     """Print the tables, or write each into a file of its name."""
     if options.out is None:
-        print(render(tables, options.format), end="")
+        print(printable(render(tables, options.format)), end="")
     else:
         _write_files(dict(zip(names, tables, strict=True)), render, options.format, options.out)
     if options.format == "csv":  # has no place for sentences
         for sentence in (sentence for table in tables for sentence in table.named):
-            print(sentence, file=sys.stderr)
+            print(printable(sentence), file=sys.stderr)
 
 
 def _write_files(tables: dict[str, Table | PaperTable], render: Callable, form: str, out: Path) -> None:

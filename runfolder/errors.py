@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
-import os
-import sys
 from collections.abc import Iterable
 
 from runfolder.failures import FailureKind
@@ -13,7 +10,6 @@ from runfolder.failures import FailureKind
 EXIT_BAD_INPUT = 2
 EXIT_BUSY = 69  # EX_UNAVAILABLE: another process trains this run
 EXIT_TRY_AGAIN = 75  # EX_TEMPFAIL: stopped with a checkpoint; the same command continues
-EXIT_NO_READER = 141  # 128 + SIGPIPE, as a shell reports it of other programs
 EXIT_INTERRUPTED = 130  # a second Ctrl-C
 
 
@@ -47,18 +43,6 @@ class SupersededError(RunBusyError):
 
 class TrainingFailedError(Exception):
     """Training cannot go on from here (for example a loss that is not finite). Exit code 1."""
-
-
-def print_any_name() -> None:
-    """From now on print what the output's encoding lacks, and names that are not UTF-8, as escapes."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def reader_has_left() -> int:
-    """The exit code where whoever read the output has read enough (``| head``); nothing more is printed."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    return EXIT_NO_READER
 
 
 def nearest(word: str, known: Iterable[str]) -> str:

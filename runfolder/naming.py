@@ -11,6 +11,8 @@ import re
 from pathlib import PurePath
 from typing import Any
 
+from runfolder.printing import printable
+
 TARGET = "_target_"  # where a component's code lies; its name says which component it is
 AND = "+"  # between the names of methods that a run has together
 _HASH = re.compile(r"-([0-9a-f]{8})$")
@@ -41,11 +43,6 @@ def hyper_parameters(tree: dict[str, Any]) -> dict[str, Any]:
     """
     shown = {key: value for key, value in flatten(tree).items() if not key.rpartition(".")[2].startswith("_")}
     return {key: value if isinstance(value, int | float) else printable(str(value)) for key, value in shown.items()}
-
-
-def printable(text: str) -> str:
-    r"""A text in which each byte of a name that is not UTF-8 is an escape such as ``\udce9``."""
-    return text.encode(errors="backslashreplace").decode()
 
 
 def config_hash(tree: dict[str, Any]) -> str:

@@ -35,10 +35,9 @@ from runfolder.errors import (
     TrainingFailedError,
     UserError,
     nearest,
-    print_any_name,
-    reader_has_left,
 )
 from runfolder.folder import RunFolder, relative
+from runfolder.printing import print_any_name, printable, reader_has_left
 from runfolder.states import is_finished
 from runfolder.tags import primary_metric
 from slurm import plan, profile
@@ -85,7 +84,7 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
 def _leave(code: int, sentence: str) -> int:
     """Say why, on the first rank only, and hand the exit code on."""
     if _is_first_rank():
-        print(sentence, file=sys.stderr)
+        print(printable(sentence), file=sys.stderr)
     return code
 
 
@@ -184,9 +183,9 @@ def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
         )
     runtime = tree["runtime"]
     shared_root = naming.in_data_dir(tree["data"].get("root"), runtime["data_dir"])
-    runtime["runs"] = str(RunFolder(Path(folder).resolve()).runs)
     runtime |= OF_ONE_START
-    for key, value in parse_single(overrides).items():
+    changes = parse_single(overrides)
+    for key, value in changes.items():
         name = key.removeprefix("runtime.")
         if name == key:
             raise UserError(f"expected only runtime.* beside --resume, got {key}; other values make another run.")
@@ -195,8 +194,14 @@ def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:
         runtime[name] = value
     if shared_root is not None:
         tree["data"]["root"] = f"{runtime['data_dir']}/{shared_root}".rstrip("/")
-    config = from_tree(tree)
-    if folder_of(config).path.resolve() != Path(folder).resolve():
+    # A run or its experiment may be a link to another disk: first where it is said to be, then where it is.
+    for place in (os.path.abspath(folder), os.path.realpath(folder)):
+        if "runtime.runs" not in changes:
+            runtime["runs"] = str(RunFolder(Path(place)).runs)
+        config = from_tree(tree)
+        if folder_of(config).path.resolve() == Path(folder).resolve():
+            break
+    else:
         raise UserError(
             f"expected a run in RUNS/{experiment}/{run_name(config)}, got {folder}; give both folders their names back."
         )

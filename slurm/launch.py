@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import chdir, contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from slurm import batch, ledger, preflight, queue, snapshot
 from slurm.job import Job
 from slurm.packing import Part, arrange_in_order
 from slurm.profile import Cluster, Scheduler, from_tree, to_tree
-from slurm.submission import JobArray, Submission, make_folder
+from slurm.submission import FILE, JobArray, Submission, closed_to_writers, make_folder
 
 FREE = (State.resumable, State.missing)  # runs that nobody is going to train
 _STOPPED = (*FREE, State.failed, State.cancelled)  # and those that whoever retries means too
@@ -67,30 +67,34 @@ def submit(experiment: str, configs: list[Config], cluster: Cluster) -> int:
     return 0
 
 
-def retry(folders: list[RunFolder], changes: dict[str, Any] | None = None) -> int:
+def retry(folders: list[RunFolder], changes: dict[str, Any] | None = None, trusted: Iterable[str] = ()) -> int:
     """Submit runs again, each with the profile of its last submission and today's code.
 
     Args:
         folders: the runs.
         changes: {key: value} of the profile, such as more memory than last time.
+        trusted: names of submissions by other users whose profiles, with their shell lines, are taken all the same.
 
     Returns:
         Exit code: 0.
 
     Raises:
-        UserError: as :func:`submit`, and for a run that was never submitted.
+        UserError: as :func:`submit`, for a run that was never submitted, and for a submission by another user.
     """
     groups: dict[Path, list[RunFolder]] = {}
     for folder in folders:
-        submission = folder.submissions / ledger.claim_of(folder).get("submission", "")
+        name = ledger.claim_of(folder).get("submission", "")
+        submission = folder.submissions / name
         groups.setdefault(submission, []).append(folder.absolute())
-        if not (submission / "submission.json").is_file():
+        if not name or not (submission / FILE).is_file():
             raise UserError(
                 f"expected runs that were submitted before, got {folder.name}; "
                 f"python experiments/{folder.experiment}.py --submit submits it."
             )
     for path, chosen in groups.items():
         before = Submission.read(path)
+        if path.name not in trusted:
+            _require_own(before)
         if not os.path.isdir(before.cwd):
             raise UserError(
                 f"expected the folder {before.cwd}, in which these runs were submitted, got none; make it again, or "
@@ -101,6 +105,22 @@ def retry(folders: list[RunFolder], changes: dict[str, Any] | None = None) -> in
             cluster = from_tree(to_tree(before.cluster), changes)
             _send(before.experiment, cluster, before.cwd, configs, _STOPPED)
     return 0
+
+
+def _require_own(submission: Submission) -> None:
+    """A profile has shell lines, which run on this node and in jobs with this user's rights."""
+    owners = {(submission.folder / name).stat().st_uid for name in (".", FILE)}
+    if owners == {os.geteuid()}:
+        return
+    (owner, *_) = owners - {os.geteuid()}
+    cluster = submission.cluster
+    words = {key: getattr(cluster, key) for key in ("container", "python")}
+    lines = [*cluster.setup, *(f"{key}={value}" for key, value in words.items() if value)]
+    raise UserError(
+        f"expected a submission of your own, got {submission.name}, which user {owner} has written, with these shell "
+        f"lines: {'; '.join(lines) or 'none'}; read {submission.folder / FILE} and give --trust {submission.name}, "
+        f"or submit the runs with python experiments/{submission.experiment}.py --submit."
+    )
 
 
 def _send(
@@ -122,12 +142,14 @@ def _send(
         if states == FREE:  # else the folders are there, with the settings that they were given first
             for run in mine:
                 prepare_folder(configs[run])
-        left_out = snapshot.take(folder / "code", skip=[runs])["left_out"]
+        with closed_to_writers():
+            left_out = snapshot.take(folder / "code", skip=[runs])["left_out"]
         if left_out:
             print(f"note: large untracked files are not in the copy of the code: {', '.join(left_out)}")
         parts = arranged({run: configs[run] for run in mine}, cluster)
-        submission = write(folder, experiment, cluster, cwd, parts)
-        _queue(submission, parts)
+        with closed_to_writers():
+            submission = write(folder, experiment, cluster, cwd, parts)
+            _queue(submission, parts)
     jobs = sum(len(part.jobs) for part in parts)
     at_once = sum(min(len(part.jobs), _throttle(parts, cluster)) for part in parts)
     print(

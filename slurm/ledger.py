@@ -198,6 +198,8 @@ def newest_claim(folder: RunFolder) -> Path | None:
 def read_claim(path: Path | None) -> Claim:
     """What a claim says; {} without one, and of a claim that was copied with its run from another folder."""
     claim = {} if path is None else read_record(path, Claim)
+    if claim.get("submission") in (".", "..") or "/" in claim.get("submission", ""):
+        del claim["submission"]  # it is the name of a folder, not a way elsewhere
     if "folder" not in claim or path is None:
         return claim
     here = path.parents[1]

@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TRY_AGAIN, UserError, nearest
 from runfolder.files import read_json, write_json
 from runfolder.folder import RunFolder, relative, typed
+from runfolder.printing import printable
 from runfolder.states import LIVE, State, is_cancelled, state_of
 from slurm import ledger, queue
 from slurm.details import details
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
@@ -158,6 +159,9 @@ def _add_flags(parser: _Parser, verb: str) -> None:
     if verb == "logs":
         parser.add_argument("-n", type=int, default=50, metavar="LINES", help="from the end (default: %(default)s)")
         parser.add_argument("--no-follow", action="store_true", help="print what is there and leave")
+    if verb == "retry":
+        what = "take the profile of this submission, with its shell lines, though another user has written it"
+        parser.add_argument("--trust", action="append", default=[], metavar="SUBMISSION", help=what)
     if verb == "cancel":
         parser.add_argument("--yes", action="store_true", help=f"ask nothing, not even for more than {_ASK_FROM} runs")
 
@@ -240,7 +244,11 @@ def exit_code(runs: list[Run]) -> int:
 def _list(options: argparse.Namespace) -> int:
     runs = [facts(entry) for entry in _entries(folders_of(options, alone=False))]
     chosen = in_states(runs, options.state)
-    print(json.dumps(_as_json(runs, chosen), indent=1) if options.json else "\n".join(listing(runs, chosen, options)))
+    print(
+        json.dumps(_as_json(runs, chosen), indent=1)
+        if options.json
+        else printable("\n".join(listing(runs, chosen, options)))
+    )
     return exit_code(chosen)
 
 
@@ -281,7 +289,10 @@ def _looks(options: argparse.Namespace) -> Iterator[tuple[list[Run], list[str], 
     while True:
         runs = _runs_again(options, finished)
         counts = counts_of(states_of(runs))
-        lines = [time.strftime("%Y-%m-%d %H:%M:%S"), *listing(runs, in_states(runs, options.state), options)]
+        lines = [
+            time.strftime("%Y-%m-%d %H:%M:%S"),
+            *map(printable, listing(runs, in_states(runs, options.state), options)),
+        ]
         yield runs, lines, counts != before
         before = counts
         if not any(counts[state] for state in LIVE):
@@ -328,7 +339,7 @@ def _draw(lines: list[str], every: float) -> None:
 def _show(options: argparse.Namespace) -> int:
     (folder,) = folders_of(options, alone=True)
     (entry,) = _entries([folder])
-    print("\n".join(details(entry, options)))
+    print(printable("\n".join(details(entry, options))))
     return exit_code([facts(entry)])
 
 
@@ -343,11 +354,11 @@ def _logs(options: argparse.Namespace) -> int:
     _write(tail.last(options.n))
     if not options.no_follow:
         if tail.path is None and entry.state in LIVE:
-            print(f"{folder.name} is {entry.state} and has said nothing yet", file=sys.stderr)
+            print(printable(f"{folder.name} is {entry.state} and has said nothing yet"), file=sys.stderr)
         entry = _follow(tail, entry)
     run = facts(entry)
     failure = f": {run['failure']['kind']}: {run['failure']['reason']}" if run["failure"] else ""
-    print(f"{folder.name}: {entry.state}{failure}", file=sys.stderr)
+    print(printable(f"{folder.name}: {entry.state}{failure}"), file=sys.stderr)
     return exit_code([run])
 
 
@@ -427,7 +438,7 @@ def _stop_jobs(wanted: list[Entry]) -> None:
     for entry in alone:
         if entry.state == State.running and (not entry.claim or entry.claim.get("released")):
             holder = text(ledger.holder(entry.folder))
-            print(f"{entry.folder.name} was started by hand and has to be stopped there: {holder}")
+            print(printable(f"{entry.folder.name} was started by hand and has to be stopped there: {holder}"))
     claimed = sum(bool(entry.claim) and not entry.claim.get("released") for entry in alone)
     if claimed:
         print(f"Without a job in the queue: {several(claimed)}; whatever starts or trains them stops by itself.")
@@ -467,7 +478,7 @@ def _retry(options: argparse.Namespace) -> int:
 
     folders = [entry.folder for entry in wanted]
     with _forgotten(folders):
-        return retry(folders, changes)
+        return retry(folders, changes, options.trust)
 
 
 def _changes(options: argparse.Namespace) -> dict[str, Any]:
@@ -489,7 +500,7 @@ def _submitted_before(entries: list[Entry]) -> list[Entry]:
     cure = f"{script} --submit takes what has not failed, --resume {shlex.quote(relative(never[0]))} continues one here"
     if len(never) == len(entries):
         raise UserError(f"expected runs that were submitted before, got {never[0].name}; {cure}.")
-    print(f"Never submitted: {several(len(never))}, such as {never[0].name}; {cure}.")
+    print(printable(f"Never submitted: {several(len(never))}, such as {never[0].name}; {cure}."))
     return [entry for entry in entries if entry.folder not in never]
 
 

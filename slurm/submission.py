@@ -6,8 +6,11 @@ trains them, shows them and submits them again.
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,6 +94,17 @@ class Submission:
         return cls(folder, **content | {"cluster": cluster, "parts": parts})
 
 
+@contextmanager
+def closed_to_writers() -> Iterator[None]:
+    """What is made meanwhile only its owner can write, whatever the umask: jobs execute it."""
+    before = os.umask(0)
+    os.umask(before | 0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
 def make_folder(submissions: Path, experiment: str) -> Path:
     """A new folder for a submission.
 
@@ -100,7 +114,8 @@ def make_folder(submissions: Path, experiment: str) -> Path:
     while True:
         folder = submissions / f"{experiment}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
         try:
-            folder.mkdir(parents=True)
+            submissions.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(0o755)
             return folder
         except FileExistsError:
             continue

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from runfolder.folder import RunFolder
+from runfolder.printing import printable
 
 
 def output_of(folder: RunFolder) -> Path | None:
@@ -43,7 +44,7 @@ class Tail:
                 self._file_id, self._place = (status.st_dev, status.st_ino), file.tell()
         except OSError:  # between two files
             return ""
-        return self._decoder.decode(content)
+        return printable(self._decoder.decode(content), but="\r")
 
     def _rest(self, file: BinaryIO) -> bytes:
         status = os.fstat(file.fileno())

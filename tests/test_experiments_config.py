@@ -231,6 +231,23 @@ def test_resume_continues_the_named_folder_wherever_the_data_lie(tmp_path, capsy
     assert [path for path in tmp_path.rglob("*") if path.name == "config.yaml"] == [folder / "config.yaml"]
 
 
+def test_runs_and_experiments_that_are_links_are_resumed_where_they_are_said_to_be(tmp_path, monkeypatch, capsys):
+    """As after a move to another disk."""
+    folder = _finished_folder(tmp_path / "runs")
+    (folder / "result.json").write_text('{"metrics": {"test/top1": 50.0}}')
+    moved = tmp_path / "disk2" / folder.name
+    moved.parent.mkdir()
+    folder.rename(moved)
+    folder.symlink_to(moved)
+    assert main("quickstart", "", "quickstart", ["--resume", str(folder)]) == 0
+    (tmp_path / "runs" / "quickstart").rename(tmp_path / "disk3")
+    (tmp_path / "runs" / "quickstart").symlink_to(tmp_path / "disk3")
+    assert main("quickstart", "", "quickstart", ["--resume", str(folder)]) == 0
+    monkeypatch.chdir(tmp_path / "runs")
+    assert main("quickstart", "", "quickstart", ["--resume", f"../runs/quickstart/{folder.name}/"]) == 0
+    assert capsys.readouterr().out.count("finished already: test/top1 50.00") == 3
+
+
 @pytest.mark.parametrize(
     "words", ["--dry-run method=tract seed=1", "method=tract --dry-run seed=1", "method=tract seed=1 --dry-run"]
 )

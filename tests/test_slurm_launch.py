@@ -640,3 +640,45 @@ def test_failed_and_cancelled_runs_are_left_to_retry(fake_slurm, tmp_path, capsy
     assert "1 cancelled" in said
     assert "1 finished" in said
     assert "status.py retry --experiment quickstart" in said
+
+
+# -- a folder of runs belongs to many hands -----------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file another owner")
+def test_another_users_shell_lines_are_shown_and_not_run(fake_slurm, tmp_path, capsys):
+    assert quickstart("--submit", *TWO, 'cluster.setup=["echo theirs"]') == 0
+    folders, theirs = run_folders(tmp_path), submission(tmp_path)
+    for folder in folders:
+        ledger.release(folder, theirs.name, "failed")
+    os.chown(theirs / "submission.json", 12345, 12345)
+    with pytest.raises(UserError, match=f"{theirs.name}, which user 12345 .*echo theirs.*--trust {theirs.name}"):
+        launch.retry(folders)
+    assert not (fake_slurm / "1.sh").exists()
+    assert launch.retry(folders, trusted=[theirs.name]) == 0
+    assert "echo theirs" in (fake_slurm / "1.sh").read_text()
+
+
+@pytest.mark.parametrize("name", ["../elsewhere", "/tmp/elsewhere", "..", "."])
+def test_a_claim_names_a_submission_below_the_runs_only(fake_slurm, tmp_path, name):
+    assert quickstart("--submit", *TWO) == 0
+    (folder, *_) = run_folders(tmp_path)
+    ledger.release(folder, submission(tmp_path).name, "failed")
+    path = ledger.newest_claim(folder)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"submission": name}))
+    assert "submission" not in ledger.claim_of(folder)
+    with pytest.raises(UserError, match="expected runs that were submitted before"):
+        launch.retry([folder])
+
+
+def test_only_the_owner_can_write_what_jobs_execute(fake_slurm, tmp_path):
+    before = os.umask(0)
+    try:
+        assert quickstart("--submit", *TWO) == 0
+    finally:
+        os.umask(before)
+    made = [submission(tmp_path), *submission(tmp_path).rglob("*")]
+    assert len(made) > 100
+    assert not [path for path in made if not path.is_symlink() and path.stat().st_mode & 0o022]
+    (folder, *_) = run_folders(tmp_path)
+    assert folder.path.stat().st_mode & 0o777 == 0o777, "the runs themselves are as the umask says"

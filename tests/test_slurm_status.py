@@ -929,7 +929,7 @@ def launched(monkeypatch):
     """Calls of launch.retry; what it is to do can be put into ``launched.then``."""
     said = types.SimpleNamespace(calls=[], then=lambda: 0)
 
-    def retry(folders, changes):
+    def retry(folders, changes, trusted):
         said.calls.append(sorted(folder.name for folder in folders))
         said.changes = changes
         paths = [folder / name for folder in folders for name in ("failure.json", "cancelled")]
@@ -1080,3 +1080,18 @@ def test_a_copied_claim_is_nobodys(runs, slurm, call, tmp_path):
         assert ledger.is_claimed_by(RunFolder(place / "demo" / folder.name), "sub")
     assert call("cancel", folder.name)[0] == 0
     assert len(slurm.calls("scancel")) == 1
+
+
+# -- what a terminal obeys ----------------------------------------------------------------
+
+ESCAPES = "a\x1b]0;title\x07b\x1b[2Jc\u202ed"
+
+
+def test_no_text_of_others_moves_the_terminal(runs, slurm, call):
+    name = "evil-\x1b[31m\u202e-s0-aaaaaaa1"
+    folder = make(runs, name, "failed", failure={"kind": "code", "reason": ESCAPES})
+    (folder / "output.txt").write_text(f"{ESCAPES}\r50%\n")
+    for words in ([], ["--all"], ["--json"], ["show", "evil"], ["logs", "evil", "--no-follow"], ["retry", "evil"]):
+        _, text, said = call(*words)
+        assert not re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\u202e]", text + said), words
+    assert call("logs", "evil", "--no-follow")[1] == r"a\x1b]0;title\x07b\x1b[2Jc\u202ed" + "\r50%\n"

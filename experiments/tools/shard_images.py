@@ -43,9 +43,10 @@ from tqdm import tqdm
 from experiments.data.listing import Listing, list_folder, list_images
 from experiments.data.pixels import UNREADABLE, as_rgb, fault
 from experiments.data.shards import FIELDS, INDEX, SPLITS, read_about, write_index
-from runfolder.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED, RunBusyError, UserError, print_any_name
+from runfolder.errors import EXIT_BAD_INPUT, EXIT_BUSY, EXIT_INTERRUPTED, RunBusyError, UserError
 from runfolder.files import TEMPORARY, read_json, remove_leftovers, write_atomically, write_json
 from runfolder.folder import typed
+from runfolder.printing import print_any_name, printable
 
 _BLOCK = tarfile.BLOCKSIZE
 
@@ -106,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _leave(code: int, sentence: str) -> int:
-    print(sentence, file=sys.stderr)
+    print(printable(sentence), file=sys.stderr)
     return code
 
 
