@@ -99,7 +99,12 @@ def take(folder: Path, beats_every: float, patience: float = 0.0) -> Lease:
         if _is_later(holder, me):
             raise SupersededError(f"{folder} has been taken over by {describe(holder)}.")
         if time.monotonic() > end:
-            raise RunBusyError(f"{folder} is being trained by {describe(holder)}.")
+            seconds = MISSED_BEATS * holder.get("beats_every", 10.0)
+            raise RunBusyError(
+                f"{folder} is being trained by {describe(holder)}; wait for it, or stop it: python slurm/status.py "
+                f"cancel {folder.name}. If it is gone without a word, the run is free {seconds:.0f} s after its last "
+                "sign of life."
+            )
         time.sleep(min(0.5, beats_every))
 
 

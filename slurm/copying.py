@@ -12,6 +12,7 @@ import posixpath
 import shutil
 import socket
 import stat
+import struct
 import tarfile
 import threading
 import time
@@ -32,7 +33,11 @@ _AT_ONCE = 8  # files that are copied side by side: on a shared file system the 
 _CHUNK = 1 << 22
 _DISK_BLOCK = 4096
 REPORT_EVERY = 30.0
-_DAMAGED = (tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, EOFError, NotImplementedError)
+_DAMAGED = (  # what the readers of archives raise where bytes are not what they should be
+    tarfile.TarError, zipfile.BadZipFile, gzip.BadGzipFile, zlib.error, struct.error, EOFError,
+    LookupError, MemoryError, OverflowError, RuntimeError, TypeError, ValueError,
+)  # fmt: skip
+_MOST_LINKS = 40  # in one path, as Linux has it
 
 
 class Copying:
@@ -126,11 +131,11 @@ class Copying:
 
 def _compare(copying: Copying, sizes: dict[str, int]) -> None:
     """Look whether a copy has all its files, each with all its bytes."""
-    found, target = {}, os.path.realpath(copying.target)
+    found, target = {}, str(copying.target)
     for folder, inner, names in os.walk(target):
         for path in (os.path.join(folder, name) for name in inner + names):
             status, name = os.lstat(path), os.path.relpath(path, target)
-            if stat.S_ISLNK(status.st_mode) and os.path.commonpath([target, os.path.realpath(path)]) != target:
+            if stat.S_ISLNK(status.st_mode) and not _stays_inside(target, name):
                 raise _unsafe(copying.source, f"the link {name}")
             if not stat.S_ISDIR(status.st_mode):
                 found[name] = status.st_size
@@ -224,6 +229,7 @@ def _unpack_tar(copying: Copying) -> dict[str, int]:
             _refuse_unsafe(source, member.name)
             member = tarfile.data_filter(member, str(target))
             path = target / member.name
+            _require_plain(source, target, member.name if member.isdir() else posixpath.dirname(member.name))
             if member.isdir():
                 path.mkdir(parents=True, exist_ok=True)
                 continue
@@ -233,8 +239,11 @@ def _unpack_tar(copying: Copying) -> dict[str, int]:
             if member.isfile():
                 with archive.extractfile(member) as stream:
                     copying.pour(stream, member.name, member.size)
+            elif member.issym():
+                path.symlink_to(member.linkname)  # where it leads in the end is looked at when all is there
             else:
-                archive.extract(member, target, filter="data")
+                _require_plain(source, target, member.linkname)
+                os.link(target / member.linkname, path, follow_symlinks=False)
             sizes[posixpath.normpath(member.name)] = member.size if member.isfile() else path.lstat().st_size
         while archive.fileobj.read(_CHUNK):
             pass  # a compressed file has its check sum at the end
@@ -267,6 +276,48 @@ def _unpack_zip(copying: Copying) -> dict[str, int]:
 def _refuse_unsafe(source: Path, name: str) -> None:
     if name.startswith("/") or ".." in name.split("/"):
         raise _unsafe(source, f"the member {name}")
+
+
+def _require_plain(source: Path, target: Path, name: str) -> None:
+    """Refuse a way through a link: what is written there might land anywhere.
+
+    `tarfile`'s own filter asks os.path.realpath, which takes a path that is too long for one without links.
+    """
+    path = target
+    for part in Path(name).parts:
+        path /= part
+        if path.is_symlink():
+            raise _unsafe(source, f"the way through the link {path.relative_to(target)} to {name}")
+
+
+def _stays_inside(top: str, name: str) -> bool:
+    """Whether a path below ``top`` leads to a place below it, whatever links it goes through."""
+    waiting, place, links = name.split("/")[::-1], [], 0
+    while waiting:
+        part = waiting.pop()
+        if part in ("", "."):
+            continue
+        if part == "..":
+            if not place:
+                return False
+            place.pop()
+            continue
+        try:
+            aim = os.readlink(os.path.join(top, *place, part))
+        except FileNotFoundError:
+            aim = None
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of a path that is too long, say
+                return False
+            aim = None  # no link
+        if aim is None:
+            place.append(part)
+            continue
+        links += 1
+        if aim.startswith("/") or links > _MOST_LINKS:
+            return False
+        waiting += aim.split("/")[::-1]
+    return True
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from slurm.submission import FILE, JobArray, Submission, closed_to_writers, make
 
 FREE = (State.resumable, State.missing)  # runs that nobody is going to train
 _STOPPED = (*FREE, State.failed, State.cancelled)  # and those that whoever retries means too
+_WORDS = {State.queued: "queued already"}
 _MAX_ARRAY_SIZE = 1000  # where Slurm does not say; its own default is 1001
 
 
@@ -51,8 +52,11 @@ def submit(experiment: str, configs: list[Config], cluster: Cluster) -> int:
     """
     folders = {folder_of(config).absolute(): config for config in configs}
     states = {folder: state_of(folder) for folder in folders}
+    free = [folder for folder, state in states.items() if state in FREE]
+    if free:  # what is queued needs no preflight
+        states |= {entry.folder: entry.state for entry in ledger.entries(free[0].runs, folders=free)}
     wanted = {folder: folders[folder] for folder, state in states.items() if state in FREE}
-    counts = Counter(state for state in states.values() if state not in FREE)
+    counts = Counter(_WORDS.get(state, state) for state in states.values() if state not in FREE)
     if wanted:
         submitted = _send(experiment, cluster, os.getcwd(), wanted, FREE)
         for state in (state_of(folder) for folder in wanted if folder not in submitted):
@@ -128,9 +132,14 @@ def _send(
 ) -> list[RunFolder]:
     """Check, claim, copy the code, queue; the runs, all in one of these states, that were submitted."""
     began, runs = time.monotonic(), next(iter(configs)).runs
+    local = cluster.scheduler is Scheduler.local
+    if not local and set(str(runs)) & set("%\\"):
+        raise UserError(
+            f"expected a folder of runs without % and backslash, which Slurm reads in the names of logs, got {runs}; "
+            "give runtime.runs=DIR."
+        )
     parts = arranged(configs, cluster)
     _require_sources(parts)
-    local = cluster.scheduler is Scheduler.local
     options = [] if local else batch.options_of(first_script(Path("submission"), parts, cluster))
     with batch.clean_environment():
         notes = preflight.check(cluster, runs, list(configs.values()), options=options)
@@ -151,9 +160,8 @@ def _send(
             submission = write(folder, experiment, cluster, cwd, parts)
             _queue(submission, parts)
     jobs = sum(len(part.jobs) for part in parts)
-    at_once = sum(min(len(part.jobs), _throttle(parts, cluster)) for part in parts)
     print(
-        f"Submitted {len(mine)} runs in {jobs} jobs, at most {at_once} at a time, as {submission.name} "
+        f"Submitted {len(mine)} runs in {jobs} jobs, at most {at_once(parts, cluster)} at a time, as {submission.name} "
         f"({time.monotonic() - began:.1f} s)."
     )
     return mine
@@ -169,7 +177,7 @@ def arranged(configs: dict[RunFolder, Config], cluster: Cluster) -> list[Part]:
 
 def first_script(folder: Path, parts: list[Part], cluster: Cluster) -> str:
     """The first batch script of a submission in ``folder``; nothing is made there."""
-    return batch.script(folder.absolute(), cluster, parts[0], f"{folder.name}.0", cluster.parallel)
+    return batch.script(folder.absolute(), cluster, parts[0], f"{folder.name}.0", _throttle(parts, cluster))
 
 
 def _require_sources(parts: list[Part]) -> None:
@@ -281,6 +289,11 @@ def _queue(submission: Submission, parts: list[Part]) -> None:
             ) from None
         for index, job in enumerate(queued):
             confirm(submission, number, index, job.job_id, int(job.job_id) if local else None)
+
+
+def at_once(parts: list[Part], cluster: Cluster) -> int:
+    """The most jobs of a submission at a time; with more arrays than ``parallel`` one of each."""
+    return sum(min(len(part.jobs), _throttle(parts, cluster)) for part in parts)
 
 
 def _throttle(parts: list[Part], cluster: Cluster) -> int:

@@ -9,7 +9,7 @@ from runfolder.folder import RunFolder, relative
 from runfolder.states import State
 from slurm import ledger
 from slurm.cost import describe_cost
-from slurm.launch import FREE, arranged, first_script
+from slurm.launch import FREE, arranged, at_once, first_script
 from slurm.profile import Cluster, Scheduler
 
 
@@ -41,7 +41,9 @@ def _show_jobs(experiment: str, configs: dict[RunFolder, Config], cluster: Clust
     parts = arranged(configs, cluster)
     jobs = sum(len(part.jobs) for part in parts)
     where = "here, through submitit's local executor" if cluster.scheduler is Scheduler.local else "to Slurm"
-    print(f"--submit would send {len(configs)} runs in {jobs} jobs {where}, at most {cluster.parallel} at a time.")
+    print(
+        f"--submit would send {len(configs)} runs in {jobs} jobs {where}, at most {at_once(parts, cluster)} at a time."
+    )
     for part in parts:
         s = part.shape
         print(

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, WebPImagePlugin
+from torchvision.datasets.folder import default_loader
+from torchvision.transforms.functional import pil_to_tensor
 
 from experiments.config import build, compose_config
 from experiments.data.decode import decode
@@ -103,6 +105,17 @@ def test_all_images_that_cannot_be_packed_are_named(tmp_path, monkeypatch, capsy
 def imagefolder(root):
     options = {"image_size": None, "augment": "none", "padding": 0, "flip": False, "mean": None, "std": None}
     return ImageFolder(root=str(root), in_memory=None, **options)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_the_orientation_in_exif_is_ignored_as_torchvision_ignores_it(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / "a.jpg"
+    path.write_bytes(saved(np.stack([GREY] * 3, axis=-1), "JPEG", exif=exif))
+    found = decode(path.read_bytes(), str(path))
+    assert torch.equal(found, pil_to_tensor(default_loader(str(path))))
+    assert found.shape == (3, 64, 256)
 
 
 # -- folders ------------------------------------------------------------------------------

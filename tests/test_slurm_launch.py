@@ -682,3 +682,35 @@ def test_only_the_owner_can_write_what_jobs_execute(fake_slurm, tmp_path):
     assert not [path for path in made if not path.is_symlink() and path.stat().st_mode & 0o022]
     (folder, *_) = run_folders(tmp_path)
     assert folder.path.stat().st_mode & 0o777 == 0o777, "the runs themselves are as the umask says"
+
+
+# -- limits and names ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parallel", [1, 2, 64])
+def test_the_plan_says_how_many_jobs_will_run_at_a_time(fake_slurm, tmp_path, capsys, parallel):
+    """With more arrays than that, one of each."""
+    words = [*TWO[:2], "seed=range(4)", f"cluster.parallel={parallel}", "cluster.max_array_size=1"]
+    assert quickstart("--dry-run", *words) == 0
+    planned = re.search(r"in 4 jobs to Slurm, at most (\d+) at a time", capsys.readouterr().out)[1]
+    assert quickstart("--submit", *words) == 0
+    assert f"Submitted 4 runs in 4 jobs, at most {planned} at a time" in capsys.readouterr().out
+    assert int(planned) == 4
+
+
+def test_submitting_what_is_queued_asks_nothing_of_the_cluster(fake_slurm, tmp_path, monkeypatch, capsys):
+    assert quickstart("--submit", *TWO) == 0
+    name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
+    monkeypatch.setattr(preflight, "check", lambda *_, **__: pytest.fail("a preflight for nothing"))
+    capsys.readouterr()
+    assert quickstart("--submit", *TWO) == 0
+    assert "2 queued already" in capsys.readouterr().out
+
+
+def test_signs_that_slurm_reads_in_names_are_refused(fake_slurm, tmp_path, capsys):
+    words = [*TWO, f"runtime.runs={tmp_path}/100%j"]
+    assert main("quickstart", "", "quickstart", ["--submit", *words]) == 2
+    assert "without % and backslash" in capsys.readouterr().err
+    assert not list(tmp_path.glob("100%j/*/slurm"))

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -392,6 +393,77 @@ def test_links_that_lead_out_together_are_refused(tmp_path, evil):
         pass
     assert copies(tmp_path / "l") == []
     assert not list(tmp_path.rglob("evil"))
+
+
+def _too_long_to_resolve(tar, up):
+    """Links whose resolved path is longer than the system takes, so that it is not resolved; then ``up`` from there."""
+    steps, folder, inside = "abcdefghijklmnop", "d" * 247, ""
+    for step in steps:
+        add(tar, f"{inside}{folder}", type=tarfile.DIRTYPE)
+        add(tar, f"{inside}{step}", type=tarfile.SYMTYPE, linkname=folder)
+        inside += f"{folder}/"
+    far = "/".join(steps) + "/" + "l" * 254
+    add(tar, far, type=tarfile.SYMTYPE, linkname="../" * len(steps))
+    add(tar, "escape", type=tarfile.SYMTYPE, linkname=f"{far}/{up}")
+
+
+ESCAPES = {
+    "a file": lambda tar: add(tar, "escape/evil", b"evil"),
+    "a hard link": lambda tar: (
+        add(tar, "door", type=tarfile.LNKTYPE, linkname="escape/secret"),
+        add(tar, "door", b"x"),
+    ),
+    "nothing more": lambda tar: None,
+}
+
+
+@pytest.mark.parametrize("then", ESCAPES)
+def test_links_that_are_too_long_to_resolve_lead_nowhere(tmp_path, then):
+    (tmp_path / "secret").write_text("secret")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        _too_long_to_resolve(tar, "../../../..")
+        ESCAPES[then](tar)
+    with (
+        pytest.raises(UserError, match="expected members that stay inside"),
+        staged(tmp_path / "a.tar", tmp_path / "l"),
+    ):
+        pass
+    assert copies(tmp_path / "l") == []
+    assert (tmp_path / "secret").read_text() == "secret"
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("through", ["door/x", "door"])
+def test_nothing_is_written_through_a_link_not_even_inside(tmp_path, through):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "room", type=tarfile.DIRTYPE)
+        add(tar, "door", type=tarfile.SYMTYPE, linkname="room")
+        add(tar, "door/x", b"x") if through == "door/x" else add(tar, "door", type=tarfile.DIRTYPE)
+    with pytest.raises(UserError, match="through the link door to"), staged(tmp_path / "a.tar", tmp_path / "l"):
+        pass
+    assert copies(tmp_path / "l") == []
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
+def test_a_damaged_archive_is_a_sentence_wherever_it_is_damaged(tmp_path, kind):
+    path, draw = tmp_path / f"a.{kind}", random.Random(0)
+    if kind == "zip":
+        with zipfile.ZipFile(path, "w") as archive:
+            for number in range(4):
+                archive.writestr(f"folder/{number}", bytes(100))
+    else:
+        with tarfile.open(path, "w:gz" if kind == "tar.gz" else "w") as tar:
+            for number in range(4):
+                add(tar, f"folder/{number}", bytes(100))
+    whole = path.read_bytes()
+    for number in range(80):
+        content = bytearray(whole)
+        for _ in range(draw.randrange(1, 4)):
+            content[draw.randrange(len(content))] = draw.randrange(256)
+        path.write_bytes(content if number % 4 else content[: draw.randrange(len(content))])
+        with suppress(UserError), staged(path, tmp_path / "l", keep_hours=0):
+            pass
+        assert copies(tmp_path / "l") == []
 
 
 @pytest.mark.parametrize("name", ["/tmp/evil", "../evil", "a link"])

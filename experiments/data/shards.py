@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -31,6 +32,10 @@ FORMAT = 1
 SPLITS = ("train", "val")
 FIELDS = {"archive": np.int32, "offset": np.int64, "length": np.int64, "label": np.int32, "crc32": np.uint32}
 _OPEN = 256  # archives a process keeps open
+_UNREADABLE = (  # what numpy and zipfile raise where bytes are not what they should be
+    OSError, EOFError, zipfile.BadZipFile, zlib.error, struct.error,
+    AttributeError, LookupError, MemoryError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError,
+)  # fmt: skip
 
 
 class Shards:
@@ -145,7 +150,7 @@ def _read_index(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
         expected = {f"{split}_{field}" for split in SPLITS for field in (*FIELDS, "name")}
         if about["format"] != FORMAT or not expected <= set(arrays):
             raise ValueError(f"format {about['format']}")
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"expected an index that experiments/tools/shard_images.py has written in {folder / INDEX}, "

@@ -25,6 +25,7 @@ from runfolder.files import remove_leftovers, write_atomically
 from runfolder.folder import newest_first
 
 FORMAT = 2
+DAMAGED = "is damaged at byte"  # what is said of a record
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
@@ -129,9 +130,11 @@ def newest_good(
         fault: told a checkpoint's content, why it cannot be used all the same, or None.
 
     Raises:
-        UserError: a checkpoint or what belongs to it cannot be read; it may be as good as ever.
+        UserError: a checkpoint or what belongs to it cannot be read, and may be as good as ever; or all
+            that is wrong with every checkpoint is that the record before it is damaged.
     """
     remove_leftovers(folder)
+    damaged = ""
     for path in newest_first(folder):
         try:
             reason = fault(load(path, config_hash))
@@ -148,6 +151,13 @@ def newest_good(
         if reason is None:
             return path
         report(f"{path.name}: {reason}; it is passed over")
+        damaged = reason if DAMAGED in reason else damaged
+    if damaged:  # days of training are not thrown away for a byte
+        raise UserError(
+            f"expected a checkpoint whose record is whole, got none: {damaged}; restore that file from a copy, or move "
+            f"{folder} elsewhere to begin anew.",
+            FailureKind.disk,
+        )
     return None
 
 

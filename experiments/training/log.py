@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import logging
 import os
+import struct
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import google_crc32c
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
 
-from runfolder.errors import SupersededError
+from experiments.training.checkpoint import DAMAGED
+from runfolder.errors import SupersededError, UserError
+from runfolder.failures import FailureKind
 from runfolder.files import write_atomically
 from runfolder.folder import RunFolder
 from runfolder.naming import hyper_parameters
+from runfolder.place import node_name
 
 _SECONDS_BETWEEN_FLUSHES = 10.0
 
@@ -81,13 +87,24 @@ class RunLog:
             self._logger.info(sentence)
 
     def sizes(self) -> dict[str, int]:
-        """Bring all points to disk (after ``guard``); the length of every event file."""
+        """Bring all points to disk (after ``guard``); the length of every event file.
+
+        Raises:
+            UserError: a file holds other bytes than were written.
+        """
         self._write()
         sizes = {}
         for path in self._folder.events:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             sizes[path.name] = path.stat().st_size
+        fault = lost_events(self._folder, sizes)
+        if fault is not None:
+            raise UserError(
+                f"expected the record as it was written, got other bytes: {fault}; the disk or memory of {node_name()} "
+                "fails, and the same command continues from the last checkpoint before these.",
+                FailureKind.node,
+            )
         return sizes
 
     def close(self) -> None:
@@ -126,13 +143,41 @@ def cut_events(folder: RunFolder, sizes: dict[str, int]) -> None:
 
 
 def lost_events(folder: RunFolder, sizes: dict[str, int]) -> str | None:
-    """Why event files cannot be cut back to these lengths: one is missing or too short."""
+    """Why event files cannot be cut back to these lengths: one is missing, too short or damaged."""
     for name, size in sizes.items():
         path = folder / name
         found = path.stat().st_size if path.exists() else None
         if found is None or found < size:
             return f"its record {name} should have {size} bytes and {'is missing' if found is None else f'has {found}'}"
+        damage = _first_damage(path, size)
+        if damage is not None:
+            return f"its record {name} {DAMAGED} {damage} of {size}, so the points from there on are lost"
     return None
+
+
+def _first_damage(path: Path, size: int) -> int | None:
+    """Where the first bad record of an event file begins, within its first ``size`` bytes.
+
+    A record is its length (8 bytes), that number's checksum (4), the data and their checksum (4); a
+    checksum is CRC-32C, turned by 15 bits and shifted by a constant.
+    """
+    with open(path, "rb") as file:
+        content = memoryview(file.read(size))
+    place = 0
+    while place < size:
+        (length,) = struct.unpack_from("<Q", content, place) if place + 12 <= size else (size,)
+        end = place + 12 + length + 4
+        if end > size or _checksum(content[place : place + 8]) != bytes(content[place + 8 : place + 12]):
+            return place
+        if _checksum(content[place + 12 : end - 4]) != bytes(content[end - 4 : end]):
+            return place
+        place = end
+    return None
+
+
+def _checksum(data: memoryview) -> bytes:
+    crc = google_crc32c.value(bytes(data))
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)
 
 
 class _BesideTheBar(logging.Handler):
