@@ -32,6 +32,8 @@ class FailureKind(StrEnum):
     data = "data", "mend the data set that the reason names, then retry"
     # a run folder that cannot be written: full, read-only
     disk = "disk", "make room or permit writing, then retry"
+    # a run folder that cannot be read from here, so that nothing is known of the run
+    unreadable = "unreadable", "permit reading it (see its owner and mode), or leave it out with --experiment"
     # the machine: a GPU that fails or is missing, a file system that fails
     node = "node", "retry on another machine"
     # another rank of the run went away or never came; its own record says why

@@ -159,7 +159,7 @@ def _readable_entry(folder: RunFolder, claim_path: Path | None, known: Queue, no
         return _entry(folder, claim_path, known, now)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = f"expected the folder of a run, got what cannot be read ({type(error).__name__}: {error})"
-        return Entry(folder, State.failed, failure={"kind": FailureKind.disk, "reason": reason})
+        return Entry(folder, State.failed, failure={"kind": FailureKind.unreadable, "reason": reason})
 
 
 def _entry(folder: RunFolder, claim_path: Path | None, known: Queue, now: float) -> Entry:

@@ -7,7 +7,7 @@ from collections import Counter
 from experiments.config import Config, folder_of
 from runfolder.folder import RunFolder, relative
 from runfolder.states import State
-from slurm import ledger
+from slurm import batch, ledger, preflight
 from slurm.cost import describe_cost
 from slurm.launch import FREE, arranged, at_once, first_script
 from slurm.profile import Cluster, Scheduler
@@ -53,5 +53,8 @@ def _show_jobs(experiment: str, configs: dict[RunFolder, Config], cluster: Clust
         )
     print(describe_cost(configs))
     if cluster.scheduler is Scheduler.slurm:
+        script = first_script(next(iter(configs)).submissions / f"{experiment}-DATE", parts, cluster)
+        for doubt in preflight.doubts(cluster, batch.options_of(script)):
+            print(f"note: {doubt}")
         print("The first batch script:\n")
-        print(first_script(next(iter(configs)).submissions / f"{experiment}-DATE", parts, cluster))
+        print(script)

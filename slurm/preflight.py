@@ -67,6 +67,16 @@ def check(cluster: Cluster, runs: Path, configs: list[Config], options: list[str
     return notes
 
 
+def doubts(cluster: Cluster, options: list[str]) -> list[str]:
+    """What :func:`check` would say of the request, where Slurm can be asked; makes nothing."""
+    if cluster.scheduler is not Scheduler.slurm or queue.missing_commands() or not queue.answers():
+        return []
+    try:
+        return [*_check_partitions(cluster), *_check_request(cluster, options)]
+    except UserError as error:
+        return [f"--submit would refuse this now: {error}"]
+
+
 def _check_commands() -> None:
     if absent := queue.missing_commands():
         raise UserError(

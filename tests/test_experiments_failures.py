@@ -60,7 +60,7 @@ def test_each_error_has_its_kind(error, kind):
 
 
 def test_every_kind_that_training_records_is_told_from_the_others():
-    by_launchers = {FailureKind.no_progress, FailureKind.requeues}
+    by_launchers = {FailureKind.no_progress, FailureKind.requeues, FailureKind.unreadable}
     assert {kind for _, kind in KINDS} == set(FailureKind) - by_launchers
 
 

@@ -714,3 +714,26 @@ def test_signs_that_slurm_reads_in_names_are_refused(fake_slurm, tmp_path, capsy
     assert main("quickstart", "", "quickstart", ["--submit", *words]) == 2
     assert "without % and backslash" in capsys.readouterr().err
     assert not list(tmp_path.glob("100%j/*/slurm"))
+
+
+REFUSED = "note: --submit would refuse this now: "
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["cluster.partition=lwo"], "unknown partition cluster.partition=lwo; nearest: low"),
+        (["cluster.account=nobody"], "expected jobs that Slurm takes, got: Invalid account"),
+        ([], None),
+    ],
+)
+def test_a_dry_run_says_what_submitting_would_refuse(fake_slurm, no_slurm, tmp_path, capsys, words, said):
+    program(
+        no_slurm / "sbatch",
+        'case "$*" in *nobody*) echo "sbatch: error: Invalid account or combination" >&2; exit 1;; esac',
+    )
+    assert quickstart("--dry-run", *TWO, *words) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert len(notes) == (said is not None)
+    assert said is None or notes[0].startswith(REFUSED + said)
+    assert not list(tmp_path.glob("runs"))

@@ -371,7 +371,7 @@ def test_a_folder_that_cannot_be_read_is_a_failure_of_its_own(runs, slurm, call)
         "circle": "failed",
         "closed": "failed",
     }
-    assert "2 x disk: expected the folder of a run, got what cannot be read (OSError: " in text
+    assert "2 x unreadable: expected the folder of a run, got what cannot be read (OSError: " in text
     assert call("show", "closed")[0] == 1
 
 
