@@ -23,6 +23,11 @@ from tests import cifar100_reference as reference
 from tests.cifar100_reference import FACTS
 
 FAMILIES = {name.rstrip("0123456789"): name for name in reversed(FACTS)}.values()  # the first of each
+# The others of a family differ in depth alone, and those of many multiplications take minutes together.
+QUICK = [
+    pytest.param(name, marks=[] if name in FAMILIES and FACTS[name]["macs"] < 2e9 else pytest.mark.slow)
+    for name in FACTS
+]
 CHECKED = [name for name, facts in FACTS.items() if "check" in facts]
 
 
@@ -185,7 +190,7 @@ def _dropped(model):
     return sum(p.grad is None for block in blocks for p in block.branch.parameters())
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", QUICK)
 def test_the_network_trains_with_tract_in_both_precisions(name):
     plain, model = build_model(name, num_classes=100), _on_meta(name)
     _assert_default_start(plain)
