@@ -3,10 +3,12 @@
 Facts: pytorch-cifar100 at commit 11d8418, the commands of the DeiT-III repository, section 4 of arXiv 2410.23970.
 """
 
+import re
+
 import numpy as np
 import pytest
 
-from experiments.config import build, compose_config
+from experiments.config import CONF, build, compose_config
 from experiments.grid import plan
 from experiments.randomness import epoch_order
 from experiments.training.loop import total_steps
@@ -187,3 +189,15 @@ def test_transfer_is_the_first_deits():
         assert holds(config, TRANSFER)
         assert config.method.get("lambda_", 0.2) == 0.2
         assert config.start_from.startswith("imagenet_deit/")
+
+
+# -- sources --------------------------------------------------------------------------------
+
+SOURCED = [path for path in sorted(CONF.rglob("*.yaml")) if path.parent.name != "cluster"]
+
+
+@pytest.mark.parametrize("path", SOURCED, ids=lambda path: str(path.relative_to(CONF)))
+def test_every_recipe_and_component_says_where_its_values_are_from(path):
+    """For each value or for the file: published and where, ours, or a mark that the file explains."""
+    comments = " ".join(line.partition("#")[2] for line in path.read_text().splitlines())
+    assert re.search(r"\b[Pp]ublished\b|\b[Oo]urs\b|\[(paper|code|command|answer|main\.py|ours)\]", comments)

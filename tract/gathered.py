@@ -36,9 +36,8 @@ class Gathered:
         self._inputs: list[Tensor] = []
         self._kept = 0  # rows in these inputs
         self._total: Tensor | None = None
-        self._rows: Tensor | None = (
-            None  # b of the total; not a scalar: torch 2.11 loses additions to one when compiled
-        )
+        # b of the total: not a scalar, since torch 2.11 loses additions to one when compiled.
+        self._rows: Tensor | None = None
 
     def take(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
         """Count the rows of an input, and return the weight to multiply it with."""
