@@ -6,6 +6,8 @@ loop over buffers and talk to other ranks, and can state that they have no deriv
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -48,8 +50,13 @@ def _(total, rows, everywhere, layer):
 @torch.library.custom_op("tract::damped_solve", mutates_args=())
 def damped_solve_op(gradient: Tensor, moment: Tensor, damping: float, layer: str) -> Tensor:
     """G (A + lambda I)^-1 in the shape and dtype of G, a weight's gradient."""
-    groups, n, _ = moment.shape
-    product, succeeded = damped_solve(gradient.reshape(groups, -1, n), moment, damping)
+    return _solved(damped_solve, gradient, moment, damping, layer)
+
+
+def _solved(solve: Callable, gradient: Tensor, by: Tensor, damping: float, layer: str) -> Tensor:
+    """What a solver that takes (g, m, n) makes of a gradient in its weight's shape; ``by`` is (g, n, ...)."""
+    groups, n = by.shape[:2]
+    product, succeeded = solve(gradient.reshape(groups, -1, n), by, damping)
     require(succeeded, _not_factorised(layer, damping))
     return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
 
@@ -81,10 +88,7 @@ def _(output_gradient, x, geometry, damping, layer):
 def damped_solve_rows_op(gradient: Tensor, rows: Tensor, damping: float, layer: str) -> Tensor:
     """G (X^T X / b + lambda I)^-1 in the shape and dtype of G, from rows (g, n, b), float64."""
     require(torch.isfinite(rows.sum()), _non_finite(layer))
-    groups, n, _ = rows.shape
-    product, succeeded = damped_solve_rows(gradient.reshape(groups, -1, n), rows, damping)
-    require(succeeded, _not_factorised(layer, damping))
-    return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
+    return _solved(damped_solve_rows, gradient, rows, damping, layer)
 
 
 @damped_solve_rows_op.register_fake

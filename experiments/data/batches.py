@@ -50,6 +50,9 @@ class Batches:
         workers: loader processes, for data whose batches are not made on the device.
         ranks: who shares the batches.
         device: where the batches go.
+
+    Attributes:
+        tested: the numbers of the test images that are evaluated, over all ranks.
     """
 
     def __init__(
@@ -72,8 +75,8 @@ class Batches:
         self.data, self.seed, self.batch_size, self.overfit, self.repeats = data, seed, batch_size, overfit, repeats
         self.eval_batch_size, self.workers, self.ranks, self.device = eval_batch_size, workers, ranks, device
         self._mixed, self._mix_group = mixed, mix_group
-        tested = min(len(data.test), eval_images or len(data.test))
-        self._tested = np.arange(tested) * len(data.test) // max(1, tested)
+        count = min(len(data.test), eval_images or len(data.test))
+        self.tested = np.arange(count) * len(data.test) // max(1, count)
         self._samples = data.samples(seed, repeats, device)
         images = len(data.train)
         last = 0 if drop_last else images % batch_size
@@ -100,8 +103,8 @@ class Batches:
 
     def test(self) -> Iterator[Batch]:
         """This rank's share of the images that are tested, each exactly once; as many batches on every rank."""
-        mine = self._tested[self.ranks.rank :: self.ranks.size]
-        rounds = -(-len(self._tested) // (self.ranks.size * self.eval_batch_size))
+        mine = self.tested[self.ranks.rank :: self.ranks.size]
+        rounds = -(-len(self.tested) // (self.ranks.size * self.eval_batch_size))
         return self._made("test", np.array_split(mine, rounds), None)
 
     def global_count(self, step: int) -> int:

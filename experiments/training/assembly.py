@@ -71,25 +71,11 @@ def build_trainer(
     Raises:
         UserError: a value that only the component itself can judge, or weights that do not fit.
     """
-    tested = min(len(data.test), config.eval_images or len(data.test))
+    batches = build_batches(config, data, ranks, device)
+    tested = len(batches.tested)
     if tested < len(data.test):
         log.say(f"evaluates on {tested:,} of {len(data.test):,} test images (eval_images)")
     task = data.task(config, len(data.classes), tested)
-    batches = Batches(
-        data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
-        repeats=config.repeats,
-        mixed=config.mixup > 0 or config.cutmix > 0,
-        mix_group=config.mix_group,
-        overfit=config.overfit_batches,
-        eval_batch_size=config.eval_batch_size,
-        eval_images=config.eval_images,
-        workers=config.runtime.workers,
-        ranks=ranks,
-        device=device,
-    )
     model, method, applied = _network(config, task, data, device)
     if state is not None:
         method.match(model, state["model"])
@@ -104,6 +90,25 @@ def build_trainer(
     if state is not None:
         trainer.load_state(state)
     return trainer
+
+
+def build_batches(config: Config, data: Data, ranks: Ranks, device: torch.device) -> Batches:
+    """What a rank of a run feeds to its network."""
+    return Batches(
+        data,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        drop_last=config.drop_last,
+        repeats=config.repeats,
+        mixed=config.mixup > 0 or config.cutmix > 0,
+        mix_group=config.mix_group,
+        overfit=config.overfit_batches,
+        eval_batch_size=config.eval_batch_size,
+        eval_images=config.eval_images,
+        workers=config.runtime.workers,
+        ranks=ranks,
+        device=device,
+    )
 
 
 def _network(config: Config, task: Task, data: Data, device: torch.device) -> tuple[nn.Module, Method, str | None]:

@@ -14,12 +14,12 @@ from PIL import Image
 
 from experiments.config import build, compose_config
 from experiments.data.auto_augment import _PAIRS, changed
-from experiments.data.batches import Batches
 from experiments.data.images import ImageData, Split
 from experiments.data.options import ImageOptions
 from experiments.grid import plan
 from experiments.ranks import Ranks
 from experiments.tasks.losses import cross_entropy
+from experiments.training.assembly import build_batches
 from runfolder.errors import UserError
 
 ORIGINAL = json.loads(Path(__file__).with_name("vit_cifar.json").read_text())
@@ -33,12 +33,11 @@ def batches(config, images):
     options = ImageOptions(**{key: config.data[key] for key in keys}, in_memory=in_memory)
     split = Split(torch.arange(len(images)) % 10, images)
     data = ImageData(split, split, [str(n) for n in range(10)], options)
-    settings = {"seed": 0, "batch_size": config.batch_size, "drop_last": config.drop_last, "eval_batch_size": 100}
-    return Batches(data, **settings, overfit=None, workers=0, ranks=Ranks(), device=torch.device("cpu"))
+    return build_batches(config, data, Ranks(), torch.device("cpu"))
 
 
 def recipe(source, **changes):
-    return compose_config("cifar_vit", {"recipe.source": source} | changes)
+    return compose_config("cifar_vit", {"recipe.source": source, "runtime.workers": 0} | changes)
 
 
 @pytest.mark.parametrize(("source", "steps", "last"), [("resnet_script", 390, 128), ("vit_cifar", 391, 80)])
@@ -113,7 +112,8 @@ def test_figure_10_is_standardised_as_figure_3():
 
 
 def test_the_default_is_the_script_and_an_unknown_source_is_refused():
-    default, script, other = compose_config("cifar_vit", {}), *map(recipe, SOURCES)
+    default = compose_config("cifar_vit", {"runtime.workers": 0})
+    script, other = map(recipe, SOURCES)
     assert default == script != other
     with pytest.raises(UserError, match=r"recipe.source=vit_cifra.*vit_cifar"):
         recipe("vit_cifra")

@@ -15,13 +15,13 @@ from PIL import Image
 from torchvision import transforms
 
 from experiments.config import build, compose_config
-from experiments.data.batches import Batches
 from experiments.data.images import ImageData, Split
 from experiments.data.options import ImageOptions
 from experiments.randomness import epoch_order
 from experiments.ranks import Ranks
 from experiments.tasks import mixing
 from experiments.tasks.classification import Classification
+from experiments.training.assembly import build_batches
 from experiments.training.start import load_start
 
 ORIGINAL = json.loads(Path(__file__).with_name("deit.json").read_text())
@@ -42,21 +42,8 @@ def recipe(batch_size, group, seed=0):
 
 
 def batches_of(data, config, rank=0, ranks=1):
-    """A rank's."""
-    return Batches(
-        data,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        drop_last=config.drop_last,
-        repeats=config.repeats,
-        mixed=config.mixup > 0 or config.cutmix > 0,
-        mix_group=config.mix_group,
-        overfit=None,
-        eval_batch_size=4,
-        workers=0,
-        ranks=Ranks(rank, ranks),
-        device=CPU,
-    )
+    """A rank's, as a run has them."""
+    return build_batches(config, data, Ranks(rank, ranks), CPU)
 
 
 def groups_of(batches, epoch):
