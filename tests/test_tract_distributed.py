@@ -36,7 +36,13 @@ def test_accumulation_over_ranks_and_micro_batches_counts_as_one_batch(world, tm
 
 
 @pytest.mark.parametrize(
-    "law", [worker.local_second_moment, worker.local_accumulation, worker.non_finite_input_of_one_rank]
+    "law",
+    [
+        worker.rows_of_an_image,
+        worker.local_second_moment,
+        worker.local_accumulation,
+        worker.non_finite_input_of_one_rank,
+    ],
 )
 def test_law_on_two_ranks(law, tmp_path):
     _check(law, 2, tmp_path)

@@ -129,6 +129,24 @@ def long_rows(rank, world):
             _assert_gradients(actual, _accumulated(ddp, parts, nullcontext()), moment)
 
 
+def rows_of_an_image(rank, world):
+    """Rows of 150,528 numbers, whose second moment would take 181 GB, have the gradient of one rank with all rows."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(224 * 224 * 3, 2))
+    x, sizes = torch.randn(5, 224 * 224 * 3), (2, 3)
+    wrapped = copy.deepcopy(plain)
+    apply_tract(wrapped, 0.1)
+    mine, ddp = x.split(sizes)[rank], DistributedDataParallel(wrapped)
+    gradient = (plain(x).detach() / 5).T @ torch.linalg.solve(x @ x.T / 5 + 0.1 * torch.eye(5), x)  # push-through
+    for parts, context in ((mine.split(5), nullcontext()), (mine.split(1), accumulate(wrapped))):
+        ddp.zero_grad()
+        with context:
+            for i, part in enumerate(parts):
+                with nullcontext() if i == len(parts) - 1 else ddp.no_sync():
+                    (ddp(part).square().sum() / 5 * world / 2).backward()  # DDP averages what is to be a sum
+        assert error(wrapped[0].weight.grad, gradient) < 1e-5
+
+
 def sharded(rank, world):
     """fully_shard: gradients of the shards are those of plain DDP times the global inverse, with accumulation too."""
     for stem in STEMS:
