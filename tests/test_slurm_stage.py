@@ -433,6 +433,15 @@ def test_links_that_are_too_long_to_resolve_lead_nowhere(tmp_path, then):
     assert not list(tmp_path.rglob("evil"))
 
 
+def test_links_in_a_circle_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a", type=tarfile.SYMTYPE, linkname="b")
+        add(tar, "b", type=tarfile.SYMTYPE, linkname="a")
+    with pytest.raises(UserError, match="the link [ab]"), staged(tmp_path / "a.tar", tmp_path / "l"):
+        pass
+    assert copies(tmp_path / "l") == []
+
+
 @pytest.mark.parametrize("through", ["door/x", "door"])
 def test_nothing_is_written_through_a_link_not_even_inside(tmp_path, through):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
