@@ -217,8 +217,10 @@ print("loading", flush=True)
 """
 
 
-def test_a_trainer_that_ends_in_the_middle_does_not_wait_for_its_loader_processes():
+def test_a_trainer_that_ends_in_the_middle_does_not_wait_for_its_loader_processes_and_says_nothing_of_them():
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
-    done = subprocess.run([sys.executable, "-c", ABANDONED], capture_output=True, env=environment, timeout=60)
-    assert (done.returncode, done.stdout) == (0, b"loading\n"), done.stderr.decode()
+    for _ in range(3):  # torch's handler of ended processes comes in time most times
+        call = [sys.executable, "-W", "ignore", "-c", ABANDONED]
+        done = subprocess.run(call, capture_output=True, env=environment, timeout=60)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"loading\n", b"")
