@@ -35,9 +35,15 @@ def test_accumulation_over_ranks_and_micro_batches_counts_as_one_batch(world, tm
     _check(worker.global_accumulation, world, tmp_path)
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_proximal_steps_of_all_ranks_and_micro_batches_are_those_of_one_process(world, tmp_path):
+    _check(worker.proximal_steps, world, tmp_path)
+
+
 @pytest.mark.parametrize(
     "law",
     [
+        worker.proximal_steps_of_each_rank,
         worker.rows_of_an_image,
         worker.local_second_moment,
         worker.local_accumulation,

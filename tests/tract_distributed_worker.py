@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests import reference
 from tests.tract_layers import LAYERS, error
 from tract import NonFiniteError, accumulate, apply_tract, second_moment
+from tract.proxprop import ProxProp
 
 STEMS = ("linear", "linear few rows", "conv2d groups", "conv2d few rows", "conv1d same")
 SPLITS = {"equal": (3, 3, 3, 3), "unequal": (5, 1, 2, 4)}
@@ -181,6 +182,46 @@ def non_finite_input_of_one_rank(rank, world):
         _, _, wrapped, x, _ = _problem(stem, (3,) * world, rank)
         with pytest.raises(NonFiniteError, match="layer 0: expected finite inputs"):
             wrapped(x / 0 if rank == 1 else x)
+
+
+def proximal_steps(rank, world):
+    """The increment of all ranks' and micro-batches' rows together, as one process has it."""
+    for stem in STEMS:
+        sizes = (4, 6, 2, 3)[:world]
+        plain, _, _, x, batches = _problem(stem, sizes, rank)
+        for mode in ("prox_exact", "prox_cg3"):
+            alone = nn.Sequential(ProxProp(copy.deepcopy(plain[0]), 0.3, mode, statistics="local"), nn.Tanh())
+            ddp = DistributedDataParallel(nn.Sequential(ProxProp(copy.deepcopy(plain[0]), 0.3, mode), nn.Tanh()))
+            alone(torch.cat(batches)).square().sum().backward()
+            expected = [p.grad for p in alone.parameters()]
+            for parts, context in (((x,), nullcontext), (x.split(1 + rank), lambda ddp=ddp: accumulate(ddp))):
+                ddp.zero_grad()
+                with context():
+                    for i, part in enumerate(parts):
+                        with nullcontext() if i == len(parts) - 1 else ddp.no_sync():
+                            (ddp(part).square().sum() * world).backward()  # DDP averages what is to be a sum
+                found = [p.grad for p in ddp.parameters()]
+                assert all(error(a, b) < 1e-9 for a, b in zip(found, expected, strict=True))
+
+
+def proximal_steps_of_each_rank(rank, world):
+    """With statistics="local" each rank takes its own step, and DDP averages them."""
+    for mode in ("prox_exact", "prox_cg3"):
+        plain, _, _, x, batches = _problem("linear", (5, 3, 2, 4)[:world], rank)
+        own = []
+        for batch in batches[:world]:
+            alone = ProxProp(copy.deepcopy(plain[0]), 0.3, mode, statistics="local")
+            alone(batch).square().sum().backward()
+            own.append(alone.weight.grad)
+        layer = ProxProp(copy.deepcopy(plain[0]), 0.3, mode, statistics="local")
+        ddp = DistributedDataParallel(nn.Sequential(layer))
+        for parts, context in (((x,), nullcontext), (x.split(2), lambda ddp=ddp: accumulate(ddp))):
+            ddp.zero_grad()
+            with context():
+                for i, part in enumerate(parts):
+                    with nullcontext() if i == len(parts) - 1 else ddp.no_sync():
+                        ddp(part).square().sum().backward()
+            assert error(layer.weight.grad, sum(own) / world) < 1e-9
 
 
 def failing_law(rank, world):

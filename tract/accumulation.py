@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch.nn as nn
 
-from tract.layers import TrActLayer, tract_layers
+from tract.gathered import Gathering
 
 
 @contextmanager
@@ -42,10 +42,10 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         ...     for micro_batch in torch.randn(8, 4).split(2):
         ...         model(micro_batch).sum().backward()
     """
-    layers = list(tract_layers(model))
+    layers = [module for module in model.modules() if isinstance(module, Gathering)]
     if not layers:
         raise ValueError("expected a model with a TrAct layer, got none; call tract.apply_tract(model) first.")
-    begun: list[TrActLayer] = []
+    begun: list[Gathering] = []
     try:
         for layer in layers:
             layer.begin_accumulation()

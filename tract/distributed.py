@@ -27,10 +27,16 @@ def global_mean(total: Tensor, rows: Tensor, everywhere: bool) -> Tensor:
         A, shape (g, n, n), float64; zero where there is no row at all.
     """
     if everywhere and world_size() > 1:
-        packed = torch.cat([total.reshape(-1), rows])
-        dist.all_reduce(packed)
+        packed = global_sum(torch.cat([total.reshape(-1), rows]), everywhere)
         total, rows = packed[:-1].view_as(total), packed[-1:]
     return total / rows.clamp(min=1)
+
+
+def global_sum(total: Tensor, everywhere: bool) -> Tensor:
+    """The sum over all ranks, each of which makes the call; changes it in place. False keeps to this rank."""
+    if everywhere and world_size() > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def mean_over_ranks(product: Tensor) -> Tensor:

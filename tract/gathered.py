@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 from tract.distributed import all_rows_if_few, mean_over_ranks, world_size
 from tract.ops import GradientApart, damped_solve_op, damped_solve_rows_op, mean_moment_op, second_moment_op
 from tract.second_moment import Geometry, unfold
+
+
+class Gathering(nn.Module):
+    """A layer that inside :func:`tract.accumulate` gathers what makes its gradient.
+
+    Attributes:
+        method: the method's name in error messages.
+        label: the layer's.
+    """
+
+    method: str
+    label: str
+    _gathered: Any  # None outside of `accumulate`
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is gathered: a copy made inside `accumulate` is a layer outside of it."""
+        return super().__getstate__() | {"_gathered": None}
+
+    def begin_accumulation(self) -> None:
+        """Gather from here on; :func:`tract.accumulate` calls this, a layer goes on from there."""
+        if self._gathered is not None:
+            raise RuntimeError(
+                f"{self.method} layer {self.label}: expected one tract.accumulate at a time, got a second inside "
+                "the first; open it once per optimizer step."
+            )
+
+    @torch.no_grad()
+    def end_accumulation(self) -> None:
+        """Add the gradients of all passes together to the parameters' gradients."""
+        gathered = self.drop_accumulation()
+        for name, gradient in {} if gathered is None else self.gathered_gradients(gathered).items():
+            parameter = self._parameters[name]
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+
+    def drop_accumulation(self) -> Any:
+        """Leave the gathering state and return what was gathered."""
+        gathered, self._gathered = self._gathered, None
+        return gathered
+
+    def gathered_gradients(self, gathered: Any) -> dict[str, Tensor]:
+        """The gradients by the parameters' names."""
+        raise NotImplementedError
+
+    def plain(self) -> nn.Module:
+        """The plain layer with the same tensors, hooks and options."""
+        raise NotImplementedError
 
 
 class Gathered:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from numbers import Real
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn as nn
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tract.distributed import all_rows_if_few, sharded_like, world_size
-from tract.gathered import Gathered
+from tract.gathered import Gathered, Gathering
 from tract.ops import (
     FirstDerivativeOnly,
     PreconditionByRows,
@@ -43,7 +43,7 @@ DEFAULT_LAMBDA = 0.1
 Statistics = Literal["global", "local"]
 
 
-class TrActLayer(nn.Module):
+class TrActLayer(Gathering):
     """What all TrAct layers share; use :func:`TrAct` or one of the TrAct* classes.
 
     Attributes:
@@ -54,22 +54,17 @@ class TrActLayer(nn.Module):
             the layer in its model.
     """
 
+    method = "TrAct"
     lambda_: float
     statistics: Statistics
-    label: str
 
     def _configure(self, lambda_: float | None, l: float | None, statistics: Statistics) -> None:  # noqa: E741
         self.lambda_, self.statistics = checked_options(lambda_, l, statistics)
         self.label = type(self).__name__
-        self._gathered: Gathered | None = None  # inside `accumulate`
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is gathered: a copy made inside `accumulate` is a layer outside of it."""
-        return super().__getstate__() | {"_gathered": None}
+        self._gathered = None
 
     def _geometry(self) -> Geometry:
-        # Read anew each time: options such as stride are often changed on a finished layer.
-        raise NotImplementedError
+        return geometry_of(self)  # read anew each time: options such as stride are often changed on a finished layer
 
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
@@ -120,15 +115,8 @@ class TrActLayer(nn.Module):
         return PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
 
     def begin_accumulation(self) -> None:
-        """Gather gradient and statistics instead of applying them.
-
-        Use :func:`tract.accumulate`, which calls this.
-        """
-        if self._gathered is not None:
-            raise RuntimeError(
-                f"TrAct layer {self.label}: expected one tract.accumulate at a time, got a second inside "
-                "the first; open it once per optimizer step."
-            )
+        """Gather gradient and statistics instead of applying them."""
+        super().begin_accumulation()
         if not self.weight.is_leaf:
             raise RuntimeError(
                 f"TrAct layer {self.label}: expected a weight that is a parameter, got one that is computed from "
@@ -136,20 +124,22 @@ class TrActLayer(nn.Module):
             )
         self._gathered = Gathered(self.weight, self._geometry(), self._everywhere)
 
-    @torch.no_grad()
-    def end_accumulation(self) -> None:
-        """Add the TrAct gradient of all micro-batches to the weight's gradient."""
-        gathered, weight = self.drop_accumulation(), self.weight
+    def gathered_gradients(self, gathered: Gathered) -> dict[str, Tensor]:
+        """The TrAct gradient of all micro-batches."""
         product = gathered.gradient(self.lambda_, self.label)
-        if product is None or not weight.requires_grad:
-            return
-        product = sharded_like(weight, product)
-        weight.grad = product if weight.grad is None else weight.grad.add_(product)
+        if product is None or not self.weight.requires_grad:
+            return {}
+        return {"weight": sharded_like(self.weight, product)}
 
-    def drop_accumulation(self) -> Gathered:
-        """Leave the gathering state and return what was gathered."""
-        gathered, self._gathered = self._gathered, None
-        return gathered
+    def plain(self) -> nn.Module:
+        """The plain layer with the same tensors, hooks and options."""
+        plain_types = [plain for plain, wrapped in WRAPPED.items() if wrapped is type(self)]
+        if not plain_types:
+            raise TypeError(
+                f"expected a TrAct layer as TrAct() makes it, got {type(self).__name__}; remove the parametrization "
+                "first."
+            )
+        return without(same_state(self, plain_types[0]), *_OWN_STATE)
 
     def extra_repr(self) -> str:
         """The plain layer's options and lambda_."""
@@ -175,25 +165,11 @@ class TrActLinear(TrActLayer, nn.Linear):
         super().__init__(*args, **kwargs)
         self._configure(lambda_, l, statistics)
 
-    def _geometry(self) -> Geometry:
-        return Geometry(self.in_features)
-
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
 
 class _TrActConv(TrActLayer):
-    def _geometry(self) -> Geometry:
-        return Geometry(
-            self.in_channels,
-            self.kernel_size,
-            self.stride,
-            self.dilation,
-            _padding_pairs(self.padding, self.kernel_size, self.dilation),
-            self.padding_mode,
-            self.groups,
-        )
-
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
@@ -268,26 +244,9 @@ def TrAct(  # noqa: N802
         (True, True)
     """
     _require_wrappable(layer)
-    wrapped = _same_state(layer, WRAPPED[type(layer)])
+    wrapped = same_state(layer, WRAPPED[type(layer)])
     wrapped._configure(lambda_, l, statistics)
     return wrapped
-
-
-def unwrapped(layer: TrActLayer) -> nn.Module:
-    """The plain layer with the same tensors, hooks and options."""
-    if getattr(layer, "_gathered", None) is not None:
-        raise RuntimeError(
-            f"TrAct layer {layer.label}: expected to be outside of tract.accumulate, got unwrap inside; leave it first."
-        )
-    plain_types = [plain for plain, wrapped in WRAPPED.items() if wrapped is type(layer)]
-    if not plain_types:
-        raise TypeError(
-            f"expected a TrAct layer as TrAct() makes it, got {type(layer).__name__}; remove the parametrization first."
-        )
-    plain = _same_state(layer, plain_types[0])
-    for name in _OWN_STATE:
-        del plain.__dict__[name]
-    return plain
 
 
 def tract_layers(model: nn.Module) -> Iterator[TrActLayer]:
@@ -295,13 +254,21 @@ def tract_layers(model: nn.Module) -> Iterator[TrActLayer]:
     return (module for module in model.modules() if isinstance(module, TrActLayer))
 
 
-def _same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A layer of this class with the state of another, of which it shares tensors and hooks."""
     # Tensors are shared but not the tables that name them. The tables of hooks are shared too,
     # so that the handle of a hook still removes it.
     twin = kind.__new__(kind)
     for name, value in vars(layer).items():
         twin.__dict__[name] = value.copy() if name in ("_parameters", "_buffers", "_modules") else value
     return twin
+
+
+def without(layer: nn.Module, *names: str) -> nn.Module:
+    """The layer without these attributes."""
+    for name in names:
+        del layer.__dict__[name]
+    return layer
 
 
 def _require_wrappable(layer: nn.Module) -> None:
@@ -339,6 +306,21 @@ def checked_options(lambda_: float | None, l: float | None, statistics: Statisti
     if statistics not in ("global", "local"):
         raise ValueError(f'expected statistics="global" or "local", got {statistics!r}.')
     return float(value), statistics
+
+
+def geometry_of(layer: nn.Module) -> Geometry:
+    """How an nn.Linear or a convolution cuts rows out of its input."""
+    if isinstance(layer, nn.Linear):
+        return Geometry(layer.in_features)
+    return Geometry(
+        layer.in_channels,
+        layer.kernel_size,
+        layer.stride,
+        layer.dilation,
+        _padding_pairs(layer.padding, layer.kernel_size, layer.dilation),
+        layer.padding_mode,
+        layer.groups,
+    )
 
 
 def _padding_pairs(padding, kernel, dilation) -> tuple[tuple[int, int], ...]:

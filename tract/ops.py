@@ -129,7 +129,7 @@ class PreconditionWeight(torch.autograd.Function):
         """The preconditioned weight gradient."""
         (moment,) = ctx.saved_tensors
         product = damped_solve_op(gradient.detach(), moment, ctx.damping, ctx.layer)
-        return _first_derivative(product), None, None, None
+        return first_derivative(product), None, None, None
 
 
 class PreconditionByRows(PreconditionWeight):
@@ -140,7 +140,7 @@ class PreconditionByRows(PreconditionWeight):
         """The preconditioned weight gradient."""
         (rows,) = ctx.saved_tensors
         product = damped_solve_rows_op(gradient.detach(), rows, ctx.damping, ctx.layer)
-        return _first_derivative(product), None, None, None
+        return first_derivative(product), None, None, None
 
 
 class GradientApart(torch.autograd.Function):
@@ -161,7 +161,7 @@ class GradientApart(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         """Zero and the gradient."""
-        return gradient.new_zeros(()).expand(gradient.shape), _first_derivative(gradient)
+        return gradient.new_zeros(()).expand(gradient.shape), first_derivative(gradient)
 
 
 class _EndOfDifferentiation(torch.autograd.Function):
@@ -180,7 +180,7 @@ class _EndOfDifferentiation(torch.autograd.Function):
         raise RuntimeError(_SECOND_DERIVATIVE)
 
 
-def _first_derivative(gradient: Tensor) -> Tensor:
+def first_derivative(gradient: Tensor) -> Tensor:
     """The gradient itself; a derivative of it is an error. (Gradients are on here with create_graph=True only.)"""
     if not torch.is_grad_enabled():
         return gradient
@@ -203,7 +203,7 @@ class FirstDerivativeOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor) -> Tensor:
         """The gradient as it is."""
-        return _first_derivative(gradient)
+        return first_derivative(gradient)
 
 
 class PreconditionDual(torch.autograd.Function):
@@ -233,4 +233,4 @@ class PreconditionDual(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         product = damped_solve_dual_op(gradient.detach(), x, ctx.geometry, ctx.damping, ctx.layer)
         product = product.to(ctx.weight_dtype).reshape(ctx.weight_shape)
-        return _first_derivative(gradient), _first_derivative(product), None, None, None, None
+        return first_derivative(gradient), first_derivative(product), None, None, None, None

@@ -33,7 +33,8 @@ class Geometry:
     """How a layer cuts rows out of its input of shape (batch, channels, *spatial).
 
     ``padding`` holds (before, after) for each spatial dimension, in their own order;
-    ``padding_mode`` is torch's: zeros, reflect, replicate or circular.
+    ``padding_mode`` is torch's: zeros, reflect, replicate or circular. ``ones`` puts a one at
+    the end of each row, which multiplies the bias.
     """
 
     channels: int
@@ -43,26 +44,27 @@ class Geometry:
     padding: tuple[tuple[int, int], ...] = ()
     padding_mode: str = "zeros"
     groups: int = 1
+    ones: bool = False
 
     def numbers(self) -> list[int]:
         """The same as whole numbers, which is what a custom operator can take; see :meth:`of`."""
         sizes = (self.kernel, self.stride, self.dilation, *self.padding)
         mode = _PADDING_MODES.index(self.padding_mode)
-        return [self.channels, self.groups, mode, *(number for size in sizes for number in size)]
+        return [self.channels, self.groups, mode, int(self.ones), *(number for size in sizes for number in size)]
 
     @staticmethod
     def of(numbers: Sequence[int]) -> Geometry:
         """The geometry of these :meth:`numbers`."""
-        channels, groups, mode, *rest = numbers
+        channels, groups, mode, ones, *rest = numbers
         d = len(rest) // 5
         sizes = (tuple(rest[i * d : (i + 1) * d]) for i in range(3))
         padding = tuple(zip(rest[3 * d :: 2], rest[3 * d + 1 :: 2], strict=True))
-        return Geometry(channels, *sizes, padding, _PADDING_MODES[mode], groups)
+        return Geometry(channels, *sizes, padding, _PADDING_MODES[mode], groups, bool(ones))
 
     @property
     def row_length(self) -> int:
         """n, the length of one row of one group."""
-        return self.channels // self.groups * math.prod(self.kernel)
+        return self.channels // self.groups * math.prod(self.kernel) + self.ones
 
     @property
     def is_long(self) -> bool:
@@ -128,8 +130,7 @@ def unfold(x: Tensor, geometry: Geometry) -> Tensor:
     """All rows at once, float64, shape (g, n, b): only for inputs with few rows."""
     x = geometry.batched(x.detach())
     out = geometry.output_size(tuple(x.shape[2:]))
-    windows = _windows(_pad(x.to(torch.float64), geometry), geometry, out)
-    return windows.reshape(geometry.groups, geometry.row_length, -1)
+    return _as_rows(_windows(_pad(x.to(torch.float64), geometry), geometry, out), geometry)
 
 
 def output_columns(z: Tensor, geometry: Geometry) -> Tensor:
@@ -155,7 +156,14 @@ def _row_blocks(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
     for chunk in x.split(samples):
         windows = _windows(_pad(chunk.to(torch.float64), geometry), geometry, out)
         for part in windows.split(slab, dim=1 + len(out)) if out else (windows,):
-            yield part.reshape(groups, n, -1)
+            yield _as_rows(part, geometry)
+
+
+def _as_rows(windows: Tensor, geometry: Geometry) -> Tensor:
+    """Windows as (g, n, b)."""
+    groups, n = geometry.groups, geometry.row_length
+    rows = windows.reshape(groups, n - geometry.ones, -1)
+    return torch.cat([rows, rows.new_ones((groups, 1, rows.shape[-1]))], dim=1) if geometry.ones else rows
 
 
 def _pad(x: Tensor, geometry: Geometry) -> Tensor:

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn as nn
 
-from tract.layers import WRAPPED, Statistics, TrAct, TrActLayer, unwrapped
+from tract.gathered import Gathering
+from tract.layers import WRAPPED, Statistics, TrAct, TrActLayer
 
 _log = logging.getLogger("tract")
 
@@ -70,7 +71,7 @@ def apply_tract(
             )
     else:
         names = [layer] if isinstance(layer, str) else list(dict.fromkeys(layer))
-    found = [(name, _named_layer(model, name)) for name in names]
+    found = [(name, named_layer(model, name)) for name in names]
     wrapped = [TrAct(plain, lambda_, l=l, statistics=statistics) for _, plain in found]
     for (name, plain), new in zip(found, wrapped, strict=True):
         new.label = name
@@ -91,13 +92,19 @@ def unwrap(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing in the model has TrAct.
     """
-    if isinstance(model, TrActLayer):
-        return unwrapped(model)
-    layers = [module for module in model.modules() if isinstance(module, TrActLayer)]
+    layers = [module for module in model.modules() if isinstance(module, Gathering)]
     if not layers:
         raise ValueError("expected a model with a TrAct layer, got none; there is nothing to unwrap.")
-    for wrapped in layers:
-        replace_module(model, wrapped, unwrapped(wrapped))
+    for layer in layers:
+        if layer._gathered is not None:
+            raise RuntimeError(
+                f"{layer.method} layer {layer.label}: expected to be outside of tract.accumulate, got unwrap inside; "
+                "leave it first."
+            )
+    if layers[0] is model:
+        return model.plain()
+    for layer in layers:
+        replace_module(model, layer, layer.plain())
     return model
 
 
@@ -108,7 +115,7 @@ def find_layer(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
         ValueError: no such layer, or none at all.
     """
     name = _first_layer(model) if name is None else name
-    return name, _named_layer(model, name)
+    return name, named_layer(model, name)
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -147,7 +154,7 @@ def _beside(model: nn.Module, name: str) -> list[str]:
 
     Only what feeds the named layer can feed them too.
     """
-    found, kind = {}, type(_named_layer(model, name))
+    found, kind = {}, type(named_layer(model, name))
     for other, module in _candidates(model).items():
         names = ("in_features", "out_features") if isinstance(module, nn.Linear) else ("in_channels", "out_channels")
         found[other] = tuple(getattr(module, size, None) for size in names)
@@ -155,7 +162,7 @@ def _beside(model: nn.Module, name: str) -> list[str]:
     if any(outputs == inputs for _, outputs in found.values()):
         return []
     alike = (other for other, (its, _) in found.items() if its == inputs and other != name)
-    return [other for other in alike if type(_named_layer(model, other)) is kind]
+    return [other for other in alike if type(named_layer(model, other)) is kind]
 
 
 def _first_reached(model: nn.Module, example: torch.Tensor) -> list[str]:
@@ -180,7 +187,18 @@ def _first_reached(model: nn.Module, example: torch.Tensor) -> list[str]:
     return list(dict.fromkeys(name for name, x in reached if x is first))
 
 
-def _named_layer(model: nn.Module, name: str) -> nn.Module:
+def linear_and_conv_layers(model: nn.Module) -> list[str]:
+    """Names of all Linear, convolution and transposed convolution layers, in order of registration."""
+    kinds = (*WRAPPED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    return [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+
+
+def named_layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of this name.
+
+    Raises:
+        ValueError: there is none; the message names the nearest.
+    """
     modules = dict(model.named_modules())
     if name and name in modules:
         return modules[name]
