@@ -248,11 +248,9 @@ def with_speedups(cells: dict[str, Cell], baseline: str, metric: str) -> dict[st
 
 
 def _curves(cell: Cell, metric: str) -> dict[int, dict[int, float]]:
-    """By seed, larger being better; {} where a point of a curve is not finite."""
+    """By seed, after the start, larger being better; {} where a point of a curve is not finite."""
     sign = -1.0 if tags.smaller_is_better(metric) else 1.0
-    curves = {
-        seed: {epoch: sign * value for epoch, value in run.curve(metric).items()} for seed, run in cell.runs.items()
-    }
+    curves = {seed: {e: sign * value for e, value in run.curve(metric).items() if e} for seed, run in cell.runs.items()}
     finite = all(math.isfinite(value) for curve in curves.values() for value in curve.values())
     return curves if finite else {}
 
@@ -266,7 +264,9 @@ def _speedups(curves: dict, reference: dict, cell: Cell, baseline: Cell) -> Spee
 def _over_seconds(curves: dict, cell: Cell) -> dict[int, dict[float, float]] | None:
     found = {
         seed: over_seconds(
-            curve, cell.runs[seed].curve(tags.EPOCH_SECONDS), cell.runs[seed].config.get("eval_every", 1)
+            curve,
+            {epoch: seconds for epoch, seconds in cell.runs[seed].curve(tags.EPOCH_SECONDS).items() if epoch},
+            cell.runs[seed].config.get("eval_every", 1),
         )
         for seed, curve in curves.items()
     }

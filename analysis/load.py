@@ -291,18 +291,19 @@ def _place_problems(folder: RunFolder, config: dict) -> list[Problem]:
 
 def _epoch_problems(folder: RunFolder, config: dict, events: EventLog, status: Status) -> list[Problem]:
     found, most = [], config["epochs"]
+    first = 0 if config.get("eval_start") else 1
     for tag, points in sorted(events.series.items()):
         if not tags.is_test(tag):
             continue
         seen = set(points.steps)
-        beyond = sorted(epoch for epoch in seen if not 1 <= epoch <= most)
+        beyond = sorted(epoch for epoch in seen if not first <= epoch <= most)
         last = final_epoch(config, events) if status == Status.finished else max(seen.difference(beyond), default=0)
         missing = sorted(expected_epochs(last, config.get("eval_every", 1)) - seen)
         if missing:
             text = f"{tag} is missing at epoch {_list(missing)}"
             found.append(Problem(f"{folder}: {text}; {_redo(folder)}.", spoils=last in missing))
         if beyond:
-            found.append(_spoiled(folder, f"{tag} has epoch {_list(beyond)} outside 1 to {most}", _redo(folder)))
+            found.append(_spoiled(folder, f"{tag} has epoch {_list(beyond)} outside {first} to {most}", _redo(folder)))
     if status == Status.finished and events.series and not any(tags.is_test(tag) for tag in events.series):
         found.append(_spoiled(folder, "finished, but without test/* points", _redo(folder)))
     return found

@@ -49,6 +49,13 @@ class Loss(StrEnum):
     bce = "bce"  # binary cross-entropy per class
 
 
+class Held(StrEnum):
+    """Which training images are held out for validation."""
+
+    spread = "spread"
+    last = "last"
+
+
 class Precision(StrEnum):
     """Number format of forward and backward passes; parameters stay float32."""
 
@@ -109,6 +116,10 @@ class Config:
     eval_every: int = 1  # epochs; the last epoch is always evaluated
     eval_batch_size: int = 1000
     eval_images: int | None = None  # evaluate on so many test images, spread evenly; None: on all
+    eval_train: bool = False  # evaluate on the training images too, unaugmented, as fit/*
+    eval_start: bool = False  # evaluate before the first step too, as epoch 0
+    validation_images: int = 0  # so many training images are not trained on, but evaluated as val/*
+    validation_from: Held = Held.spread  # which ones: spread evenly, or the last
     loss: Loss = Loss.cross_entropy
     label_smoothing: float = 0.0
     mixup: float = 0.0  # alpha of Mixup; with cutmix too, each group gets one of the two
@@ -380,7 +391,8 @@ def load_config(path: Path) -> Config:
 def to_tree(config: Config) -> dict[str, Any]:
     """The configuration as plain dictionaries, lists and scalars."""
     tree = asdict(config)
-    tree["precision"], tree["loss"] = str(config.precision.value), str(config.loss.value)
+    for key in ("precision", "loss", "validation_from"):
+        tree[key] = str(tree[key].value)
     return tree
 
 
@@ -448,6 +460,9 @@ def validate(config: Config) -> None:
     for key in ("mixup", "cutmix"):
         _require(getattr(config, key) >= 0, key, "0 or more", getattr(config, key))
     _require(config.repeats >= 1, "repeats", "at least 1", config.repeats)
+    held = config.validation_images
+    _require(held >= 0, "validation_images", "0 or more", held)
+    _require(held == 0 or config.repeats == 1, "validation_images", "0 with repeats", held)
     _require(
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )

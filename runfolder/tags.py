@@ -2,7 +2,8 @@
 
 ``train/*`` are means over the steps since the last point, at optimizer steps. All others are
 written at an evaluation, at epochs counted from 1: ``test/*`` (and ``NAME/*`` of every other
-predictor that a method evaluates), ``time/*``, ``memory/*`` and a method's own.
+predictor that a method evaluates), ``val/*`` and ``fit/*`` (the same on held-out and on training
+images), ``time/*``, ``memory/*`` and a method's own. Epoch 0 is before the first step.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ PRIMARY = TOP1  # the primary metric where no result names one
 TRAIN, TEST = "train/", "test/"
 LOSS, LEARNING_RATE = "train/loss", "train/lr"
 EPOCH_SECONDS = "time/epoch_seconds"
+TRAIN_SECONDS = "time/train_seconds"  # since the first step, without evaluations
 IMAGES_PER_SECOND = "time/images_per_second"
 PEAK_MIB = "memory/peak_mib"
 

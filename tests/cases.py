@@ -19,6 +19,7 @@ METHODS = {
     "tract": {"method.lambda_": 0.1},
     "patchnorm": {},
     "dual_patchnorm": {},
+    "proxprop": {"method.mode": "prox_cg3"},
 }
 # Methods that need a patch embedding, which the convolutions of resnet_small are not.
 ON_PATCHES = ("patchnorm", "dual_patchnorm")

@@ -126,7 +126,9 @@ def test_gradient_mode_is_plain():
 
 @pytest.mark.parametrize("mode", ["prox_exact", "prox_cg3"])
 @pytest.mark.parametrize("frozen", ["weight", "bias"])
-@pytest.mark.parametrize("name", ["linear", "linear few rows", "conv2d everything", "transposed2d groups", "layer norm"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear few rows", "conv2d everything", "transposed2d groups", "layer norm"]
+)
 def test_frozen_parameters_take_no_part_in_the_step(name, frozen, mode):
     layer, x, direction = make(name)
     getattr(layer, frozen).requires_grad_(False)

@@ -69,6 +69,19 @@ def test_cifar_networks_train_on_real_images(cifar, tmp_path, experiment, method
     assert result["metrics"]["test/loss"] < 20
 
 
+@pytest.mark.parametrize("mode", ["prox_exact", "prox_cg3"])
+@pytest.mark.parametrize(
+    ("network", "rate"),
+    [(["model=proxprop_convnet"], []), (["model=proxprop_mlp", "model.hidden=[40,20]"], ["optim=nesterov"])],
+)
+def test_proximal_steps_train_on_real_images(cifar, tmp_path, network, rate, mode):
+    small = ["batch_size=20", "validation_images=16", "epochs=3"]
+    result = train("proxprop", tmp_path, f"data.root={cifar}", f"method.mode={mode}", *network, *rate, *small)
+    assert result["steps"] == 12  # 64 images
+    assert set(result["metrics"]) >= {"test/top1", "val/loss", "fit/loss"}
+    assert result["metrics"]["fit/loss"] < 2.4
+
+
 def test_files_give_the_same_weights_as_memory(cifar, tmp_path):
     """Decoded once and augmented in batches, or decoded and augmented one by one in loader processes."""
     constants = ["data.mean=[0.49,0.48,0.45]", "data.std=[0.2,0.2,0.2]"]

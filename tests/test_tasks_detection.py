@@ -86,7 +86,7 @@ def test_a_run_starts_from_a_classifier(voc, tmp_path, capsys):
 
 def test_perfect_answers_are_100_percent_and_moved_ones_0(voc):
     data = voc2007(str(voc), flip=True)
-    task = Detection(compose_config("detection_voc", {}), len(data.classes), len(data.test))
+    task = Detection(compose_config("detection_voc", {}), len(data.classes))
     options = {"overfit": None, "eval_batch_size": 2}
     batches = Batches(data, seed=0, batch_size=1, drop_last=False, workers=0, ranks=Ranks(), device=CPU, **options)
 
@@ -96,7 +96,7 @@ def test_perfect_answers_are_100_percent_and_moved_ones_0(voc):
             {"boxes": t["boxes"] + shift, "labels": t["labels"], "scores": torch.ones(len(t["labels"]))}
             for t in (next(truth) for _ in images)
         ]
-        return task.evaluate(answers, batches.test(), Ranks(), lambda: None)["map"]
+        return task.evaluate(answers, batches.test(), len(data.test), Ranks(), lambda: None)["map"]
 
     assert score(0) == pytest.approx(100)
     assert score(1000) == 0
@@ -104,7 +104,7 @@ def test_perfect_answers_are_100_percent_and_moved_ones_0(voc):
 
 def test_the_loss_is_the_networks_on_the_objects_that_count(voc):
     data = voc2007(str(voc), flip=False)
-    task = Detection(compose_config("detection_voc", {}), len(data.classes), len(data.test))
+    task = Detection(compose_config("detection_voc", {}), len(data.classes))
     samples = BoxSamples(data, 0, 1)
     images, targets = samples.ready(samples["train", None, [0, 1, 2, 3]], CPU)
     assert any(target["difficult"].any() for target in targets)

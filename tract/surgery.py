@@ -188,9 +188,12 @@ def _first_reached(model: nn.Module, example: torch.Tensor) -> list[str]:
 
 
 def linear_and_conv_layers(model: nn.Module) -> list[str]:
-    """Names of all Linear, convolution and transposed convolution layers, in order of registration."""
+    """Names of all Linear, convolution and transposed convolution layers, in order of registration.
+
+    Not of subclasses: attention uses the weight of its output layer without calling the layer.
+    """
     kinds = (*WRAPPED, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    return [name for name, module in model.named_modules() if name and isinstance(module, kinds)]
+    return [name for name, module in model.named_modules() if name and type(module) in kinds]
 
 
 def named_layer(model: nn.Module, name: str) -> nn.Module:

@@ -47,12 +47,16 @@ class Batches:
         overfit: use only the first so many batches of epoch 0, unaugmented, in every epoch.
         eval_batch_size: images per evaluation batch of one rank.
         eval_images: evaluate on so many test images, spread evenly; None: on all.
+        eval_train: evaluate on the training images too.
+        validation: so many training images are evaluated instead of trained on.
+        validation_last: those are the last ones, instead of being spread evenly.
         workers: loader processes, for data whose batches are not made on the device.
         ranks: who shares the batches.
         device: where the batches go.
 
     Attributes:
-        tested: the numbers of the test images that are evaluated, over all ranks.
+        evaluated: the numbers of the images that are evaluated, over all ranks: of "test" and perhaps "val", which
+            is held out of the training images, and "fit", which are the others of them.
     """
 
     def __init__(
@@ -68,6 +72,9 @@ class Batches:
         overfit: int | None,
         eval_batch_size: int,
         eval_images: int | None = None,
+        eval_train: bool = False,
+        validation: int = 0,
+        validation_last: bool = False,
         workers: int,
         ranks: Ranks,
         device: torch.device,
@@ -75,10 +82,20 @@ class Batches:
         self.data, self.seed, self.batch_size, self.overfit, self.repeats = data, seed, batch_size, overfit, repeats
         self.eval_batch_size, self.workers, self.ranks, self.device = eval_batch_size, workers, ranks, device
         self._mixed, self._mix_group = mixed, mix_group
+        held, images = _chosen(len(data.train), validation, validation_last), len(data.train) - validation
+        if images < 1:
+            raise UserError(
+                f"expected validation_images below {len(data.train)}, the training images, got {validation}."
+            )
+        self._trained = np.setdiff1d(np.arange(len(data.train)), held) if validation else None
         count = min(len(data.test), eval_images or len(data.test))
-        self.tested = np.arange(count) * len(data.test) // max(1, count)
+        self.evaluated = {"test": _chosen(len(data.test), count)}
+        if validation:
+            self.evaluated["val"] = held
+        if eval_train:
+            self.evaluated["fit"] = np.arange(images) if self._trained is None else self._trained
+        self._images = images
         self._samples = data.samples(seed, repeats, device)
-        images = len(data.train)
         last = 0 if drop_last else images % batch_size
         if images < batch_size and drop_last:
             raise UserError(f"expected at least batch_size={batch_size} training images with drop_last, got {images}.")
@@ -97,19 +114,22 @@ class Batches:
 
     def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """This rank's share of the batches of an epoch (from 0), starting at batch ``first``."""
-        order = epoch_order(self.seed, 0 if self.overfit else epoch, len(self.data.train), self.repeats)
+        order = epoch_order(self.seed, 0 if self.overfit else epoch, self._images, self.repeats)
+        if self._trained is not None:
+            order = self._trained[order]
         parts = [self._share(order, step) for step in range(first, self.steps_per_epoch)]
         return self._made("train", parts, None if self.overfit else epoch)
 
-    def test(self) -> Iterator[Batch]:
-        """This rank's share of the images that are tested, each exactly once; as many batches on every rank."""
-        mine = self.tested[self.ranks.rank :: self.ranks.size]
-        rounds = -(-len(self.tested) // (self.ranks.size * self.eval_batch_size))
-        return self._made("test", np.array_split(mine, rounds), None)
+    def test(self, part: str = "test") -> Iterator[Batch]:
+        """This rank's share of a part that is evaluated, each image exactly once; as many batches on every rank."""
+        numbers = self.evaluated[part]
+        mine = numbers[self.ranks.rank :: self.ranks.size]
+        rounds = -(-len(numbers) // (self.ranks.size * self.eval_batch_size))
+        return self._made("test" if part == "test" else "train", np.array_split(mine, rounds), None)
 
     def global_count(self, step: int) -> int:
         """Images of batch ``step`` of an epoch over all ranks."""
-        return min(self.batch_size, len(self.data.train) - step * self.batch_size)
+        return min(self.batch_size, self._images - step * self.batch_size)
 
     def shares(self, count: int) -> list[Share]:
         """What each rank has of a global batch of ``count`` images."""
@@ -152,6 +172,11 @@ class Batches:
                 self.close()
                 raise batch
             yield batch
+
+
+def _chosen(images: int, count: int, last: bool = False) -> np.ndarray:
+    """The numbers of so many images: spread evenly, or the last."""
+    return np.arange(images - count, images) if last else np.arange(count) * images // max(1, count)
 
 
 class _Answers(Dataset):

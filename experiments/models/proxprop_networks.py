@@ -41,11 +41,11 @@ class ProxPropConvNet(nn.Module):
         return self.final_fc(self.layers(x).flatten(1))
 
 
-def proxprop_mlp(num_classes: int, in_channels: int, image_size: int, hidden: list[int]) -> nn.Module:
+def proxprop_mlp(num_classes: int, hidden: list[int], in_channels: int = 3, image_size: int = 32) -> nn.Module:
     """3072-4000-1000-4000-10 on CIFAR-10: 20,337,010 parameters."""
     return ProxPropMLP(in_channels * image_size**2, list(hidden), num_classes)
 
 
-def proxprop_convnet(num_classes: int, in_channels: int, image_size: int, widths: list[int]) -> nn.Module:
+def proxprop_convnet(num_classes: int, widths: list[int], in_channels: int = 3, image_size: int = 32) -> nn.Module:
     """16, 20 and 20 channels, and 1,280 numbers for the classifier: 32,066 parameters with 10 classes."""
     return ProxPropConvNet(in_channels, image_size, list(widths), num_classes)

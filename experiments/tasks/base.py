@@ -33,7 +33,6 @@ class Task(ABC):
     Args:
         config: the run.
         classes: how many there are to tell apart.
-        images: how many there are to test on.
 
     Raises:
         UserError: values of the configuration that this task has no use for.
@@ -44,8 +43,8 @@ class Task(ABC):
     primary_metric: str
     measures: tuple[str, ...] = ()
 
-    def __init__(self, config: Config, classes: int, images: int):
-        self.config, self.classes, self.images = config, classes, images
+    def __init__(self, config: Config, classes: int):
+        self.config, self.classes = config, classes
 
     def require_network(self) -> None:
         """Refuse a network that cannot be trained for this task.
@@ -77,14 +76,15 @@ class Task(ABC):
 
     @abstractmethod
     def evaluate(
-        self, predictor: Forward, batches: Iterable[Batch], ranks: Ranks, between: Callable[[], None]
+        self, predictor: Forward, batches: Iterable[Batch], images: int, ranks: Ranks, between: Callable[[], None]
     ) -> dict[str, float]:
-        """Judge a predictor on the test set, every image once on any number of ranks.
+        """Judge a predictor on a set of images, every image once on any number of ranks.
 
         Args:
             predictor: images to the network's answers, in evaluation mode.
             batches: this rank's share; equally many batches on every rank, empty ones allowed.
-            ranks: who shares the test set.
+            images: how many there are over all ranks.
+            ranks: who shares them.
             between: called (on all ranks) before each batch; what it raises ends the evaluation.
 
         Returns:

@@ -22,8 +22,8 @@ class Classification(Task):
     primary_metric = "test/top1"
     measures = ("top1",)
 
-    def __init__(self, config: Config, classes: int, images: int):
-        super().__init__(config, classes, images)
+    def __init__(self, config: Config, classes: int):
+        super().__init__(config, classes)
         self._mixing = Mixing(config.mixup, config.cutmix, classes, config.seed)
 
     def prepared(self, batch: Batch, step: int, groups: dict[int, int]) -> Batch:
@@ -47,7 +47,7 @@ class Classification(Task):
         return cross_entropy(scores, targets, self.config.label_smoothing), 100.0 * hits[None]
 
     def evaluate(
-        self, predictor: Forward, batches: Iterable[Batch], ranks: Ranks, between: Callable[[], None]
+        self, predictor: Forward, batches: Iterable[Batch], images: int, ranks: Ranks, between: Callable[[], None]
     ) -> dict[str, float]:
         """{"loss", "top1", "top5"}, see :func:`experiments.tasks.accuracy.evaluate`."""
-        return evaluate(predictor, batches, self.images, ranks, between)
+        return evaluate(predictor, batches, images, ranks, between)

@@ -24,8 +24,8 @@ class Detection(Task):
     primary_metric = "test/map"
     measures = _LOSSES
 
-    def __init__(self, config: Config, classes: int, images: int):
-        super().__init__(config, classes, images)
+    def __init__(self, config: Config, classes: int):
+        super().__init__(config, classes)
         plain = {"mixup": 0.0, "cutmix": 0.0, "label_smoothing": 0.0, "loss": Loss.cross_entropy}
         for key, value in plain.items():
             if getattr(config, key) != value:
@@ -47,19 +47,19 @@ class Detection(Task):
         return parts.sum(), parts.detach()
 
     def evaluate(
-        self, predictor: Forward, batches: Iterable[Batch], ranks: Ranks, between: Callable[[], None]
+        self, predictor: Forward, batches: Iterable[Batch], images: int, ranks: Ranks, between: Callable[[], None]
     ) -> dict[str, float]:
         """{"map"} in percent, see ``average_precision.py``."""
         own: dict[int, ImageResult] = {}
-        for images, targets in batches:
+        for inputs, targets in batches:
             between()
-            if images:
+            if inputs:
                 with torch.no_grad():
-                    answers = predictor(images)
+                    answers = predictor(inputs)
                 own |= {int(t["image"]): _result(a, t) for a, t in zip(answers, targets, strict=True)}
         found = {image: result for part in ranks.gather(own) for image, result in part.items()}
-        if len(found) != self.images:
-            raise AssertionError(f"evaluation counted {len(found)} of {self.images} test images")
+        if len(found) != images:
+            raise AssertionError(f"evaluation counted {len(found)} of {images} images")
         by_image = [found[image] for image in sorted(found)]
         return {"map": 100 * mean_average_precision(by_image, self.classes)}
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from experiments.config import Config, build, options_of
+from experiments.config import Config, Held, build, options_of
 from experiments.data.base import Data
 from experiments.data.batches import Batches
 from experiments.models import build_model
@@ -72,10 +72,10 @@ def build_trainer(
         UserError: a value that only the component itself can judge, or weights that do not fit.
     """
     batches = build_batches(config, data, ranks, device)
-    tested = len(batches.tested)
+    tested = len(batches.evaluated["test"])
     if tested < len(data.test):
         log.say(f"evaluates on {tested:,} of {len(data.test):,} test images (eval_images)")
-    task = data.task(config, len(data.classes), tested)
+    task = data.task(config, len(data.classes))
     model, method, applied = _network(config, task, data, device)
     if state is not None:
         method.match(model, state["model"])
@@ -105,6 +105,9 @@ def build_batches(config: Config, data: Data, ranks: Ranks, device: torch.device
         overfit=config.overfit_batches,
         eval_batch_size=config.eval_batch_size,
         eval_images=config.eval_images,
+        eval_train=config.eval_train,
+        validation=config.validation_images,
+        validation_last=config.validation_from is Held.last,
         workers=config.runtime.workers,
         ranks=ranks,
         device=device,

@@ -25,6 +25,7 @@ from experiments.training.log import RunLog
 from experiments.training.network import Network
 from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
 from experiments.training.stop import StoppedError, StopRequest, Wish
+from runfolder import tags
 from runfolder.errors import SupersededError, TrainingFailedError
 from tract.methods.base import Method
 
@@ -39,6 +40,7 @@ class Progress:
     evaluated: int = 0  # optimizer steps done at the last evaluation
     seconds: float = 0.0  # training and evaluation time over all attempts
     epoch_seconds: float = 0.0  # the part of it in the current epoch
+    train_seconds: float = 0.0  # all of it but the evaluations
     window: list[float] = field(default_factory=list)  # sums of loss and measures, and images, since the last point
     metrics: dict[str, float] = field(default_factory=dict)  # of the last evaluation
 
@@ -79,7 +81,7 @@ class Trainer:
         self.optimizer, self.factor = optimizer, factor
         self.batches, self.log, self.stop, self.ranks, self._save = batches, log, stop, ranks, save
         self.device = batches.device
-        self.progress = Progress()
+        self.progress = Progress(evaluated=-1 if config.eval_start else 0)
         self.total_steps = total_steps(config, batches.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
         self.network = Network(config, model, method, optimizer, ranks)
@@ -299,10 +301,11 @@ class Trainer:
         self._last_save = time.monotonic()
         self.stop.saved(self._last_save - began)
 
-    def _count_seconds(self) -> None:
+    def _count_seconds(self, training: bool = True) -> None:
         now = time.monotonic()
         self.progress.seconds += now - self._clock
         self.progress.epoch_seconds += now - self._clock
+        self.progress.train_seconds += (now - self._clock) * training
         self._clock = now
 
     # -- evaluation -------------------------------------------------------------------
@@ -315,23 +318,31 @@ class Trainer:
 
     def _evaluate(self) -> None:
         speed = self.images_per_second() if self._speed_images else None
+        self._count_seconds()
         metrics = {}
         # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
         self.ranks.share(self.model.buffers())
         if self.network.average is not None:
             self.ranks.share(self.network.average.module.buffers())
         self.model.eval()
-        for name, predictor in self._evaluated():  # stopped in between, the whole evaluation is repeated
-            result = self.task.evaluate(predictor, self.batches.test(), self.ranks, self._heed)
+        for name, part, predictor in self._evaluated():  # stopped in between, the whole evaluation is repeated
+            images = len(self.batches.evaluated[part])
+            result = self.task.evaluate(predictor, self.batches.test(part), images, self.ranks, self._heed)
             metrics |= {f"{name}/{key}": value for key, value in result.items()}
         metrics |= dict(self.method.metrics(self.model))
-        self._count_seconds()
+        self._count_seconds(training=False)
         self._record(metrics, speed)
 
-    def _evaluated(self) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-        yield from ((name, self._in_use(predictor)) for name, predictor in self.method.evaluated(self.model))
+    def _evaluated(self) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
+        """(tag, part of the images, predictor): all on the test set, the first on what else is evaluated too."""
+        others = [part for part in self.batches.evaluated if part != "test"]
+        for number, (name, predictor) in enumerate(self.method.evaluated(self.model)):
+            yield name, "test", self._in_use(predictor)
+            for part in () if number else others:
+                yield part, part, self._in_use(predictor)
         if self.network.average is not None:
-            yield "ema", self._in_use(self.network.average.module.eval())
+            for number, (name, predictor) in enumerate(self.method.evaluated(self.network.average.module.eval())):
+                yield f"ema/{name}" if number else "ema", "test", self._in_use(predictor)
 
     def _in_use(self, predictor: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def predict(images: Any) -> Any:
@@ -343,9 +354,10 @@ class Trainer:
     def _record(self, metrics: dict[str, float], speed: float | None) -> None:
         progress = self.progress
         epoch = math.ceil(progress.step / self.batches.steps_per_epoch)
-        times = {"time/epoch_seconds": progress.epoch_seconds, "memory/peak_mib": _peak_mib(self.device)}
+        times = {tags.EPOCH_SECONDS: progress.epoch_seconds, tags.TRAIN_SECONDS: progress.train_seconds}
+        times[tags.PEAK_MIB] = _peak_mib(self.device)
         if speed is not None:
-            times["time/images_per_second"] = speed
+            times[tags.IMAGES_PER_SECOND] = speed
         for tag, value in (metrics | times).items():
             self.log.scalar(tag, value, epoch)
         progress.evaluated, progress.epoch_seconds, progress.metrics = progress.step, 0.0, metrics

@@ -103,7 +103,7 @@ def test_what_is_mixed_does_not_depend_on_the_ranks(ranks, size, group):
         for rank in range(ranks):
             part = batches_of(data, recipe(size, group), rank, ranks)
             share = part.shares(size)[rank]
-            images, targets = Classification(recipe(size, group), 1536, 1).prepared(
+            images, targets = Classification(recipe(size, group), 1536).prepared(
                 next(part.train(0, 2)), 7, share.groups
             )
             assert len(images) == sum(share.groups.values()) > 0

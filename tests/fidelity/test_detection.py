@@ -109,7 +109,7 @@ def test_losses_gradients_and_a_step_are_the_originals(simple):
     image, target = scene()
     optimizer = build_optimizer(config.optim, build(config.method), simple, config.decay_matrices_only, config.bias_lr)
     before = {name: parameter.detach().clone() for name, parameter in simple.named_parameters()}
-    total, parts = Detection(config, 3, 1).loss(simple.train(), ([image], [target]))
+    total, parts = Detection(config, 3).loss(simple.train(), ([image], [target]))
     names = ("rpn_cls_loss", "rpn_loc_loss", "roi_cls_loss", "roi_loc_loss")
     assert parts.tolist() == pytest.approx([SIMPLE["losses"][name] for name in names], rel=1e-5)
     total.backward()

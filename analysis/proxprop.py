@@ -1,0 +1,199 @@
+"""The plots and the table of ProxProp's own experiments, from run folders.
+
+    python analysis/proxprop.py --runs runs --out figures
+
+The seven plots of arXiv 1706.04638, as PNG and PDF: for the MLP the loss on the training images and the
+validation accuracy against epochs, and the loss against seconds; for the ConvNet both against both. Seconds are
+those of training, without evaluations. A line per mode, the mean over seeds, with a band of one sample standard
+deviation. The table, in Markdown on the standard output, has the last epoch's numbers of each.
+"""
+
+from __future__ import annotations
+
+if __package__ in (None, ""):
+    import sys
+    from pathlib import Path
+
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
+from analysis.drawing import in_style, mean_line, nth_style, target_of, write
+from analysis.load import Run, load_runs
+from analysis.statistics import summarise
+from analysis.tables import EXIT_NAMED
+from runfolder import tags
+from runfolder.folder import typed
+
+EXPERIMENT = "proxprop"
+FIT, VAL = "fit/loss", "val/top1"
+_NAMES = {FIT: "loss on the training images", VAL: "validation accuracy (%)", "test/top1": "test accuracy (%)"}
+_MLP_SECONDS = 300.0  # the paper's plot of the MLP against time ends here
+_PANEL = (3.4, 2.7)  # inches
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One of the paper's: a metric against epochs or seconds of training."""
+
+    metric: str
+    seconds: bool
+    shortest: bool = False  # ends where the shortest line of proximal steps does
+    most: float | None = None  # the x axis ends here
+
+
+# By network: figure 1 and figure 2 of the paper.
+PLOTS = {
+    "proxprop_mlp": (Plot(FIT, False, True), Plot(VAL, False, True), Plot(FIT, True, most=_MLP_SECONDS)),
+    "proxprop_convnet": (Plot(FIT, False, True), Plot(VAL, False, True), Plot(FIT, True, True), Plot(VAL, True, True)),
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """Runs that differ in the seed alone."""
+
+    label: str
+    proximal: bool
+    runs: tuple[Run, ...]
+
+    def points(self, metric: str, seconds: bool) -> list[tuple[float, float, float]]:
+        """(x, mean, std) at each epoch that all runs have; x is the mean of their seconds."""
+        curves = [run.curve(metric) for run in self.runs]
+        times = [run.curve(tags.TRAIN_SECONDS) for run in self.runs]
+        shared = sorted(set.intersection(*map(set, curves), *(map(set, times) if seconds else ())))
+        found = []
+        for epoch in shared:
+            summary = summarise([curve[epoch] for curve in curves])
+            x = summarise([time[epoch] for time in times]).mean if seconds else epoch
+            found.append((x, summary.mean, summary.std or 0.0))
+        return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the figures and print the table; returns the exit code."""
+    return exit_code(lambda: _run(_parser().parse(arguments)))
+
+
+def _parser() -> Parser:
+    parser = Parser(description="The plots and the table of ProxProp's own experiments.")
+    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
+    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder (default: %(default)s)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is left out")
+    add_cache_flags(parser)
+    return parser
+
+
+def _run(options: argparse.Namespace) -> int:
+    runs = load_runs(options.runs, EXPERIMENT, chosen_cache(options))[EXPERIMENT]
+    named = [problem.text for run in runs for problem in run.problems]
+    lines = {}
+    for network, of_network in _by_network([run for run in runs if run.usable]).items():
+        lines[network], sentences = lines_of(of_network)
+        named += sentences
+        for path in write(draw(network, lines[network]), target_of(options.out, network, 2)):
+            print(path, file=sys.stderr)
+    print(table(lines))
+    for sentence in dict.fromkeys(named):
+        print(sentence, file=sys.stderr)
+    return EXIT_NAMED if options.strict and named else 0
+
+
+def _by_network(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.config["model"]["name"], []).append(run)
+    return dict(sorted(found.items()))
+
+
+def lines_of(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
+    """The lines of a network, proximal steps first, and what was left out: a second run of one label and seed."""
+    cells: dict[str, dict[int, Run]] = {}
+    named = []
+    for run in runs:
+        label = label_of(run.config)
+        kept = cells.setdefault(label, {}).setdefault(run.seed, run)
+        if kept is not run:
+            named.append(f"{run.folder}: left out, as {kept.folder.name} has its method and seed; move one away.")
+    found = [Line(label, _is_proximal(label), tuple(cell.values())) for label, cell in cells.items()]
+    return sorted(found, key=lambda line: (not line.proximal, line.label)), named
+
+
+def label_of(config: dict[str, Any]) -> str:
+    """Words for a run's method."""
+    method = config["method"]
+    if method["name"] != "proxprop":
+        return "back-propagation" if method["name"] == "vanilla" else method["name"]
+    if method["mode"] == "gradient":
+        return "gradient (mode of the layers)"
+    tau = method["tau"]
+    return f"{method['mode'].removeprefix('prox_')}, τ={tau:g}" if isinstance(tau, int | float) else method["mode"]
+
+
+def _is_proximal(label: str) -> bool:
+    return label.startswith(("cg", "exact", "prox_"))
+
+
+def draw(network: str, lines: Sequence[Line]) -> Figure:
+    """The plots of one network side by side."""
+    plots = PLOTS.get(network, PLOTS["proxprop_convnet"])
+    with in_style():
+        figure = Figure((_PANEL[0] * len(plots), _PANEL[1] + 0.3), layout="constrained")
+        for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False).flat, plots, strict=True):
+            _panel(axes, plot, lines)
+        figure.suptitle(f"{network}: mean over seeds ± one sample standard deviation", fontsize=9)
+    return figure
+
+
+def _panel(axes: Axes, plot: Plot, lines: Sequence[Line]) -> None:
+    points = {line.label: line.points(plot.metric, plot.seconds) for line in lines}
+    ends = [points[line.label][-1][0] for line in lines if line.proximal and points[line.label]]
+    for index, line in enumerate(lines):
+        if points[line.label]:
+            xs, means, stds = zip(*points[line.label], strict=True)
+            mean_line(axes, xs, means, stds, nth_style(index), label=f"{line.label} (n = {len(line.runs)})")
+    most = min(ends, default=None) if plot.shortest else plot.most
+    if most:
+        axes.set_xlim(0, most)
+    axes.set_xlabel("seconds of training" if plot.seconds else "epoch")
+    axes.set_ylabel(_NAMES[plot.metric])
+    if not plot.seconds:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if plot.metric == FIT:
+        axes.set_yscale("log")
+    axes.legend(fontsize=7)
+
+
+def table(lines: dict[str, list[Line]]) -> str:
+    """The last epoch's numbers, in Markdown."""
+    text = ["| network | steps | n | epochs | training loss | val. top-1 (%) | test top-1 (%) | seconds of training |"]
+    text.append("|---|---|---:|---:|---:|---:|---:|---:|")
+    for network, of_network in lines.items():
+        for line in of_network:
+            epochs = ", ".join(sorted({str(run.final_epoch) for run in line.runs}))
+            numbers = [_final(line, tag, digits) for tag, digits in ((FIT, 4), (VAL, 2), (tags.TOP1, 2))]
+            numbers.append(_final(line, tags.TRAIN_SECONDS, 0))
+            text.append(f"| {network} | {line.label} | {len(line.runs)} | {epochs} | {' | '.join(numbers)} |")
+    return "\n".join(text)
+
+
+def _final(line: Line, tag: str, digits: int) -> str:
+    values = [run.final_value(tag) for run in line.runs]
+    if not values or None in values:
+        return "–"
+    summary = summarise(values)
+    return f"{summary.mean:.{digits}f}" + ("" if summary.std is None else f" ± {summary.std:.{digits}f}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

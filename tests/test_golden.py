@@ -1,0 +1,114 @@
+"""The checker of ``golden.py``, on vectors of our own making: literal loops in NumPy, and by hand."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests import golden
+
+SHARED = Path(os.environ.get("TRACT_DATA", "")).parent / "golden"
+
+
+def _by_hand(x, weight, bias, g, tau, mode, slip):
+    """The original's step for a linear layer, one output unit at a time, as a difference of two solutions."""
+    A = np.hstack([x, np.ones((len(x), 1))])
+    H, steps = A.T @ A + np.eye(A.shape[1]) / tau, []
+    for unit in range(len(weight)):
+        steps.append(A.T @ g[:, unit])
+    b = np.stack(steps, axis=1)
+    if mode == "gradient":
+        return b
+    if mode == "prox_exact":
+        before = np.vstack([weight.T, bias])
+        return before - np.linalg.solve(H, A.T @ (A @ before - g) + before / tau)
+    d, r, count = np.zeros_like(b), b.copy(), int(mode.removeprefix("prox_cg"))
+    p, rs = r.copy(), (r * r).sum(0)
+    for k in range(1, count + 1):
+        q = H @ p
+        alpha = rs / ((p * q).sum(0) + 1e-6)
+        d += alpha * p
+        if k == count:
+            break
+        r = r - alpha * q
+        new = (r * r).sum(0)
+        if new.max() < 1e-4 * (b * b).sum(0).mean():
+            break
+        p = r + (r if slip and k == 1 else p) * new / (rs + 1e-6)
+        rs = new
+    return d
+
+
+def _proxprop_case(folder, mode, tau, seed):
+    rng, name = np.random.default_rng(seed), f"ours_{mode}"
+    x, weight, bias, g = (rng.normal(size=size) for size in ((9, 5), (4, 5), (4,), (9, 4)))
+    files = {"f64": True, "fixedcg_f64": False} if "cg" in mode else {"f64": True}
+    for kind, slip in files.items():
+        d = _by_hand(x, weight, bias, g, tau, mode, slip)
+        arrays = {"x": x, "weight": weight, "bias": bias, "grad_output": g, "tau_effective": np.float64(tau)}
+        arrays |= {"output": x @ weight.T + bias, "grad_input": g @ weight, "grad_weight": d[:-1].T, "grad_bias": d[-1]}
+        np.savez(folder / f"{name}.{kind}.npz", **arrays)
+    return {
+        "name": name,
+        "kind": "linear",
+        "module": "Linear",
+        "mode": mode,
+        "in_features": 5,
+        "out_features": 4,
+        "bias": True,
+        "files": {kind: f"{name}.{kind}.npz" for kind in files},
+        "outputs": ["output", "grad_input", "grad_weight", "grad_bias"],
+    }
+
+
+@pytest.fixture
+def proxprop(tmp_path):
+    modes = ("gradient", "prox_exact", "prox_cg1", "prox_cg3")
+    cases = [_proxprop_case(tmp_path, mode, 0.7, seed) for seed, mode in enumerate(modes)]
+    (tmp_path / "manifest.json").write_text(json.dumps({"cases": cases}))
+    return tmp_path, cases
+
+
+def test_vectors_by_hand_agree(proxprop, capsys):
+    folder, cases = proxprop
+    assert golden.main(["proxprop", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{len(cases)} of {len(cases)} cases agree\n"
+
+
+@pytest.mark.parametrize("key", ["grad_weight", "grad_bias", "output", "grad_input"])
+@pytest.mark.parametrize("kind", ["f64", "fixedcg_f64"])
+def test_a_wrong_number_in_any_file_disagrees(proxprop, capsys, key, kind):
+    folder, cases = proxprop
+    path = folder / f"ours_prox_cg3.{kind}.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {key: arrays[key] * (1 + 1e-6)})
+    assert golden.main(["proxprop", str(folder)]) == 1
+    line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"ours_prox_cg3: {kind} {key} in torch.float64")
+    assert last == f"{len(cases) - 1} of {len(cases)} cases agree"
+
+
+def test_what_is_not_known_or_cannot_be_read_disagrees(proxprop, capsys):
+    folder, cases = proxprop
+    more = [{"name": "new", "kind": "transformer", "files": cases[0]["files"]}, cases[1] | {"files": {"f64": "no.npz"}}]
+    (folder / "manifest.json").write_text(json.dumps({"cases": [*cases, *more]}))
+    assert golden.main(["proxprop", str(folder)]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert lines[0] == "new: unknown kind 'transformer'"
+    assert lines[1].startswith("ours_prox_exact: FileNotFoundError")
+    assert last == "4 of 6 cases agree"
+
+
+@pytest.mark.parametrize("words", [[], ["proxprop"], ["tract", "."], ["proxprop", "nowhere"]])
+def test_wrong_words_are_refused(words, capsys):
+    assert golden.main(words) == 2
+    assert capsys.readouterr().out.startswith("expected ")
+
+
+@pytest.mark.parametrize("method", golden.METHODS)
+def test_the_originals_vectors_agree(method, capsys):
+    if not (SHARED / method / "manifest.json").is_file():
+        pytest.skip("no folder golden beside TRACT_DATA")
+    assert golden.main([method, str(SHARED / method)]) == 0, capsys.readouterr().out
