@@ -39,6 +39,9 @@ from runfolder.plain_yaml import read_yaml, write_yaml
 CONF = Path(__file__).parent / "conf"
 COMPONENTS = ("model", "data", "optim", "schedule", "method")
 GROUPS = ("stage", *COMPONENTS, "debug")
+# Options that came when runs had been made without them. At these values they are left out of a configuration, so that
+# such a run is found under its name.
+_LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0}}
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
@@ -316,6 +319,9 @@ def from_tree(tree: DictConfig | dict) -> Config:
         where = f"bad value for {error.full_key}" if error.full_key else "configuration"
         raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
+    for group, usual in _LATER.items():
+        node = getattr(config, group)
+        setattr(config, group, {key: value for key, value in node.items() if key not in usual or value != usual[key]})
     return config
 
 

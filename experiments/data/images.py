@@ -17,9 +17,11 @@ from experiments.data.augment import ONE_BY_ONE, normalise
 from experiments.data.base import Data, Request, Samples
 from experiments.data.decode import Spare, decode, decode_file
 from experiments.data.draws import Draws, plain
+from experiments.data.label_noise import noisy_labels
 from experiments.data.listing import Listing
 from experiments.data.options import ImageOptions
 from experiments.data.shards import Shards
+from experiments.randomness import stream
 from experiments.tasks.classification import Classification
 from runfolder.errors import UserError
 
@@ -75,7 +77,8 @@ class ImageData(Data):
         train: for training.
         test: for testing.
         classes: their names, in the order of the labels.
-        options: image_size, mean and std are those of the training images where they are not given.
+        options: image_size, mean and std are those of the training images where they are not given, and the labels of
+            some training images are drawn anew where it says so.
     """
 
     train: Split
@@ -88,6 +91,8 @@ class ImageData(Data):
     def __post_init__(self):
         options, channels = replace(self.options, **_found(self.train, self.options)), self.train.channels
         object.__setattr__(self, "options", options)
+        if options.label_noise:
+            object.__setattr__(self, "train", _with_label_noise(self.train, len(self.classes), options))
         if options.augment in ONE_BY_ONE and channels != 3:
             raise UserError(
                 f"data.augment={options.augment} is for colour images; give data.augment=crop_flip or none."
@@ -176,6 +181,13 @@ class ImagesInMemory(ImageSamples):
 @cache
 def _on(device: torch.device, *constants: tuple[float, ...]) -> list[Tensor]:
     return [torch.tensor(numbers, device=device) for numbers in constants]
+
+
+def _with_label_noise(train: Split, classes: int, options: ImageOptions) -> Split:
+    """Again on its own result, it changes nothing."""
+    generator = stream(options.label_noise_seed, "label noise")
+    labels = noisy_labels(train.labels.numpy(), options.label_noise, classes, generator)
+    return replace(train, labels=torch.from_numpy(labels))
 
 
 def _found(train: Split, options: ImageOptions) -> dict[str, Any]:

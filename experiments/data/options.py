@@ -24,6 +24,8 @@ class ImageOptions:
         std: likewise.
         in_memory: augment whole batches on the device, or single images in loader processes; None lets the source
             decide.
+        label_noise: share of the training images whose labels are drawn at random.
+        label_noise_seed: decides which images, and their labels.
     """
 
     image_size: int | None = None
@@ -36,6 +38,8 @@ class ImageOptions:
     mean: list | None
     std: list | None
     in_memory: bool | None = None
+    label_noise: float = 0.0
+    label_noise_seed: int = 0
 
     def __post_init__(self):
         known = (*IN_BATCHES, *ONE_BY_ONE)
@@ -51,3 +55,7 @@ class ImageOptions:
             raise UserError(f"expected data.crop_ratio to be above 0 and at most 1, got {self.crop_ratio:g}.")
         if self.interpolation not in ("bilinear", "bicubic"):
             raise UserError(f"expected data.interpolation to be bilinear or bicubic, got {self.interpolation!r}.")
+        if not 0 <= self.label_noise <= 1:
+            raise UserError(f"expected data.label_noise to be 0 to 1, got {self.label_noise:g}.")
+        if self.label_noise_seed < 0:
+            raise UserError(f"expected data.label_noise_seed to be 0 or more, got {self.label_noise_seed}.")
