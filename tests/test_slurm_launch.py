@@ -420,7 +420,7 @@ def test_a_submitted_claim_lives_as_long_as_its_job(fake_slurm, runs):
     squeue = Path(os.environ["PATH"]) / "squeue"
     program(squeue, "exit 1")
     assert ledger.claim(runs[:2], "second") == []
-    program(squeue, "printf '7_1\\037RUNNING\\037None\\037n1\\0370\\037first.0\\037\\036\\n'")
+    program(squeue, "printf '7_1\\037RUNNING\\037None\\037n1\\0370\\0371:00\\037first.0\\037\\036\\n'")
     assert ledger.claim(runs[:2], "second") == runs[:1]
 
 
@@ -573,7 +573,7 @@ def test_a_refused_submission_leaves_its_runs_free(fake_slurm, tmp_path, capsys)
     assert Counter(bool(claim.get("released")) for claim in claims) == {True: 2, False: 2}
     (fake_slurm / "refuse").unlink()
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
-    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\0370:00\\037{1}\\037\\036\\n"
     program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
     assert quickstart(*choice) == 0
     said = capsys.readouterr().out
@@ -617,7 +617,7 @@ def test_retry_submits_as_before_but_for_the_changes(fake_slurm, tmp_path, capsy
 def test_a_submission_without_runs_leaves_no_folder(fake_slurm, tmp_path, capsys):
     assert quickstart("--submit", *TWO) == 0
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
-    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\0370:00\\037{1}\\037\\036\\n"
     program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
     before = submission(tmp_path)
     assert quickstart("--submit", *TWO) == 0
@@ -701,7 +701,7 @@ def test_the_plan_says_how_many_jobs_will_run_at_a_time(fake_slurm, tmp_path, ca
 def test_submitting_what_is_queued_asks_nothing_of_the_cluster(fake_slurm, tmp_path, monkeypatch, capsys):
     assert quickstart("--submit", *TWO) == 0
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
-    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\0370:00\\037{1}\\037\\036\\n"
     program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
     monkeypatch.setattr(preflight, "check", lambda *_, **__: pytest.fail("a preflight for nothing"))
     capsys.readouterr()

@@ -51,19 +51,20 @@ def test_tasks_are_what_was_submitted_name_for_name(inside, monkeypatch):
     found = {job.id: job for job in queue.jobs()}
     assert sorted(found) == sorted([*(f"{array}_{i}" for i in (0, 2, 4)), single])
     assert {job.name for job in found.values()} == {LONG, "held"}
-    waiting = QueuedJob(f"{array}_4", LONG, "PENDING", "JobArrayTaskLimit", "", 0)
+    waiting = QueuedJob(f"{array}_4", LONG, "PENDING", "JobArrayTaskLimit", "", 0, 0)
     assert found[f"{array}_4"] == waiting
     assert found[single].reason == "JobHeldUser"
     running = found[f"{array}_0"]
     assert (running.state, running.reason, running.restarts) == ("RUNNING", "", 0)
     assert running.nodes in inside.nodes
+    assert 0 <= running.seconds < 60
 
 
 @needs_slurm
 def test_a_slurm_that_cannot_count_restarts_gives_the_rest(inside, monkeypatch, tmp_path):
     """Where the newer format prints something else, the older one is asked."""
     array = submit(inside, f"--job-name={LONG}", "--array=0-1", "--hold")
-    today = [QueuedJob(f"{array}_{index}", LONG, "PENDING", "JobHeldUser", "", 0) for index in (0, 1)]
+    today = [QueuedJob(f"{array}_{index}", LONG, "PENDING", "JobHeldUser", "", 0, 0) for index in (0, 1)]
     assert sorted(queue.jobs(), key=lambda job: job.id) == today
     old = tmp_path / "squeue"  # whose columns have widths and no suffixes
     real = shutil.which("squeue", path=inside.environment["PATH"])
@@ -129,7 +130,8 @@ def test_limits_partitions_and_nodes(inside):
 
 
 @pytest.mark.parametrize(
-    ("text", "minutes"), [("UNLIMITED", None), ("00:30:00", 30), ("01:00:30", 60), ("2-03:04:00", 3064), ("NONE", None)]
+    ("text", "minutes"),
+    [("UNLIMITED", None), ("00:30:00", 30), ("01:00:30", 60), ("25:59", 25), ("2-03:04:00", 3064), ("NONE", None)],
 )
 def test_times(text, minutes):
     assert queue.minutes_of(text) == minutes
