@@ -22,7 +22,7 @@ def here(**changes):
 
 
 def there(**changes):
-    return load_cluster("slurm", QUICK | {"free_gib": 0, "cpus_per_task": 1} | changes)
+    return load_cluster("slurm", QUICK | {"free_gib": 0, "cpus_without_gpu": 1} | changes)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ WRONG = [
         r"got: Invalid feature specification \(from `sbatch .*fast.*`\); change cluster.constraint\.",
     ),
     (
-        {"cpus_per_task": 99},
+        {"cpus_without_gpu": 99},
         r"got: Requested node configuration is not available .*; change cluster.nodes, gpus_per_node",
     ),
     ({"nodes": 7}, r"got: Requested node configuration is not available"),
