@@ -1,6 +1,7 @@
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -218,12 +219,12 @@ def test_folders_that_other_nodes_cannot_see(folder, only_here, monkeypatch):
 
 
 @needs_slurm
-def test_runs_on_this_machine_alone_are_a_note_for_slurm(inside, monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight, "_only_here", lambda folder: folder == tmp_path)
-    sentence = f"{tmp_path} seems to be on this machine alone"
-    notes = check(there(), tmp_path, [])  # on a busy machine another one: a node that has not answered in time
-    assert sum(sentence in note for note in notes) == 1
-    assert check(here(), tmp_path, []) == []
+def test_runs_on_this_machine_alone_are_a_note_for_slurm(inside):
+    with tempfile.TemporaryDirectory(dir="/tmp") as runs:
+        sentence = f"{runs} seems to be on this machine alone"
+        notes = check(there(), Path(runs), [])  # on a busy machine another one: a node that has not answered in time
+        assert sum(sentence in note for note in notes) == 1
+        assert check(here(), Path(runs), []) == []
 
 
 def test_folders_of_images_need_both_splits(tmp_path):

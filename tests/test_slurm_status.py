@@ -644,8 +644,8 @@ def test_watch_prints_each_change_and_ends_with_the_last_run(runs, slurm, call, 
 
     clock = Clock(monkeypatch, train)
     read = Counter()
-    entry = ledger._entry
-    monkeypatch.setattr(ledger, "_entry", lambda folder, *rest: read.update([folder.name]) or entry(folder, *rest))
+    judge = ledger.state_of
+    monkeypatch.setattr(ledger, "state_of", lambda folder, *rest: read.update([folder.name]) or judge(folder, *rest))
     code, text, _ = call("watch", "--every", "7")
     assert code == 0
     assert clock.naps == [7.0] * 3
