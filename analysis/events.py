@@ -380,7 +380,7 @@ class RecordReader:
         self._file.seek(offset)
         end = min(offset + count, self.size)
         while offset < end:
-            block = self._file.read(min(_BLOCK, end - offset))
+            block = self._file.read(min(self._block, end - offset))
             if not block:
                 self.size = offset  # cut while it was read: this is the end
                 return

@@ -72,7 +72,7 @@ def make_grid(root: Path, count: int) -> dict[Path, str]:
         if state in ("running", "queued"):
             queued = state == "queued"
             where = ("PENDING", "Priority", "") if queued else ("RUNNING", "None", f"node{number % 9}")
-            tasks.append("\x1f".join((f"77_{number}", *where, "0", "demo-1", "\x1e\n")))
+            tasks.append("\x1f".join((f"77_{number}", *where, "0", "0:00", "demo-1", "\x1e\n")))
     (root / "bin").mkdir()
     (root / "bin" / "queue").write_text("".join(tasks))
     squeue = root / "bin" / "squeue"

@@ -57,12 +57,12 @@ def main(arguments: list[str] | None = None) -> int:
 def choices(runs: int) -> list[str]:
     """The command line's words for so many runs that begin in an hour."""
     words = ["model=resnet_small", "method=vanilla,tract", f"seed=range({runs // 2})", "epochs=2"]
-    return [*words, "cluster.extra.begin=now+1hour", "cluster.cpus_per_task=1", "cluster.free_gib=0"]
+    return [*words, "cluster.extra.begin=now+1hour", "cluster.free_gib=0"]
 
 
 def _measure(runs: int) -> None:
     overrides = parse_overrides([word for word in choices(runs) if not word.startswith("cluster.")])
-    cluster = load_cluster(None, {"extra.begin": "now+1hour", "cpus_per_task": 1, "free_gib": 0})
+    cluster = load_cluster(None, {"extra.begin": "now+1hour", "free_gib": 0})
     with _timed(f"planning {runs} runs"):
         configs = plan("quickstart", "quickstart", overrides)
     folders = {folder_of(config).absolute(): config for config in configs}

@@ -526,6 +526,14 @@ def _check_component(group: str, node: dict[str, Any]) -> None:
     for key, value in options_of(node).items():
         if key in parts:
             continue
+        if key not in parameters and (group, key) == ("optim", "weight_decay"):  # a recipe's, for any optimizer
+            if value:
+                raise UserError(
+                    f"{node.get('name')} takes no weight_decay, and this recipe gives it {value}; optim.weight_decay=0 "
+                    "trains without."
+                )
+            del node[key]
+            continue
         if key not in parameters:
             raise UserError(f"unknown key {group}.{key}; {nearest(key, parameters)}.")
         expected = parameters[key].annotation

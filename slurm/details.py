@@ -10,7 +10,7 @@ from pathlib import Path
 from runfolder.folder import RunFolder, relative
 from runfolder.states import LIVE, State
 from slurm import ledger
-from slurm.facts import Run, facts, is_number, text
+from slurm.facts import Run, facts, is_number, logs_of_job, text
 from slurm.ledger import Entry
 from slurm.overview import command_line, span
 from slurm.tail import last_lines, output_of
@@ -103,13 +103,7 @@ def _last_output(folder: RunFolder) -> list[str]:
 
 def _files(entry: Entry) -> list[str]:
     folder = entry.folder
-    found = [path for path in (folder.output, folder.log) if os.path.isfile(path)]
-    submission = entry.claim.get("submission")
-    if isinstance(submission, str) and submission:
-        jobs = folder.submissions / submission / "jobs"
-        job = entry.claim.get("job") or (entry.job.id if entry.job else None)
-        logs = sorted(jobs.glob(f"{job}_*_log.*")) if isinstance(job, str) else []
-        found += logs or ([jobs] if jobs.is_dir() else [])
+    found = [path for path in (folder.output, folder.log) if os.path.isfile(path)] + logs_of_job(entry)
     return ["files:", *(f"  {relative(path)}" for path in found)] if found else []
 
 

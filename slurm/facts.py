@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
+from runfolder.folder import relative
 from runfolder.states import State, is_cancelled
+from runfolder.tickets import modified, now_in
 from slurm.ledger import Entry
+from slurm.queue import QueuedJob
 
 Run = dict[str, Any]  # what facts() gives
+_MINUTES_TO_START = 10  # without a word from a job; its run may be importing torch, or copying data
 
 
 def facts(entry: Entry) -> Run:
@@ -84,11 +89,31 @@ def _reason_of(entry: Entry, failure: dict | None) -> str | None:
     if entry.state != State.queued:
         return None
     if entry.job:
-        starts = "starting" if entry.job.state == "RUNNING" else entry.job.state.lower()
-        return entry.job.reason or starts
+        waits = _life_of(entry, entry.job) if entry.job.state == "RUNNING" else entry.job.state.lower()
+        return entry.job.reason or waits
     if not entry.claim.get("submitted"):
         return "being submitted"
     return "local" if entry.claim.get("scheduler") == "local" else "Slurm does not answer"
+
+
+def _life_of(entry: Entry, job: QueuedJob) -> str:
+    """What can be told of a run that has not begun although its job has."""
+    logs, now = logs_of_job(entry), now_in(entry.folder.runs)
+    said = [now - modified(path) for path in (*logs, entry.folder.output) if path.is_file()]
+    silent = min([job.seconds or 0, *said])
+    if silent < 60 * _MINUTES_TO_START:
+        return "starting"
+    return f"hanging? no sign of life for {silent / 60:.0f} min, see {relative(logs[-1] if logs else entry.folder)}"
+
+
+def logs_of_job(entry: Entry) -> list[Path]:
+    """What the job that trains a run has printed, else the folder where it would be; none without a submission."""
+    submission = entry.claim.get("submission")
+    if not submission:
+        return []
+    jobs, job = entry.folder.submissions / submission / "jobs", entry.claim.get("job")
+    job = job or (entry.job.id if entry.job else None)
+    return sorted(jobs.glob(f"{job}_*_log.*")) or ([jobs] if jobs.is_dir() else [])
 
 
 def is_number(value: object) -> bool:

@@ -25,6 +25,7 @@ WITHOUT_TERMINAL = (200, 50)
 _HEADS = ("run", "state", "done", "epoch", "value", "img/s", "left", "tries", "job", "node (reason)")
 _GO_FIRST = (7, 3, 5, 8, 4, 6)  # columns to leave out of a narrow terminal, in this order
 _NAME_WIDTH = 28  # that names should have before columns go
+_REASON_WIDTH = 40  # of the last column; a longer reason runs over the line
 
 
 def listing(runs: list[Run], chosen: list[Run], options: argparse.Namespace) -> list[str]:
@@ -122,6 +123,8 @@ def _aligned(runs: list[Run], width: int) -> list[str]:
     table = [_cells(run) for run in runs]
     sizes = {k: max(len(row[k]) for row in [_HEADS, *table]) for k in range(1, len(_HEADS))}
     sizes = {k: size for k, size in sizes.items() if any(row[k] != "-" for row in table)}
+    if 9 in sizes:
+        sizes[9] = min(_REASON_WIDTH, sizes[9])
     wanted = min(_NAME_WIDTH, max(len(row[0]) for row in table))
     for k in _GO_FIRST:
         if width - sum(sizes.values()) - 2 * len(sizes) < wanted:

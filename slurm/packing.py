@@ -52,11 +52,11 @@ def shape_of(cluster: Cluster, gpus: int) -> Shape:
             )
         if nodes * tasks > 1:
             given = tasks if gpus and cluster.gpus_per_node else 0
-            return Shape(nodes, tasks, given, cluster.cpus_per_task, 1)
+            return Shape(nodes, tasks, given, cluster.cpus_per_task if given else cluster.cpus_without_gpu, 1)
     if gpus <= 1:
         given = (cluster.gpus_per_job or 1) if gpus and cluster.gpus_per_node else 0
-        slots = max(1, given)
-        return Shape(1, 1, given, cluster.cpus_per_task * slots, cluster.runs_per_gpu * slots)
+        runs = cluster.runs_per_gpu * max(1, given)
+        return Shape(1, 1, given, cluster.cpus_per_task * given or cluster.cpus_without_gpu * runs, runs)
     if cluster.gpus_per_node == 0:
         raise UserError(f"expected a cluster with GPUs for runs of {gpus} GPUs each, got cluster.gpus_per_node=0.")
     nodes = math.ceil(gpus / cluster.gpus_per_node)

@@ -31,7 +31,8 @@ _CURES = {
     "reservation": "cluster.reservation",
     "node name": "cluster.exclude",
     "time": "cluster.timeout_minutes",
-    "node|memory|cpu|task|generic resource|gres": "cluster.nodes, gpus_per_node, cpus_per_task or memory_gb",
+    "node|memory|cpu|task|generic resource|gres": "cluster.nodes, gpus_per_node, memory_gb, cpus_per_task or "
+    "cpus_without_gpu",
     "": "cluster.extra",
 }
 _PERHAPS_LATER = re.compile("node configuration|node not available|nodes are busy|nodes required", re.IGNORECASE)

@@ -47,7 +47,8 @@ class Cluster:
     gpus_per_node: int = 8  # GPUs a node has to give; a run with more takes several nodes; 0: no GPUs, runs use CPUs
     nodes: int | None = None  # null: from the run's number of GPUs
     tasks_per_node: int | None = None  # null: from the run's number of GPUs
-    cpus_per_task: int = 8
+    cpus_per_task: int = 8  # per GPU; data loading uses them
+    cpus_without_gpu: int = 2  # of a run that is given no GPU
     memory_gb: float | None = None  # per node; null: the cluster's default
     parallel: int = 64  # most jobs at a time: the array's throttle; with scheduler=local runs side by side
     max_array_size: int | None = None  # null: ask Slurm
@@ -228,7 +229,7 @@ def _checked(values: dict[str, Any], places: dict[str, str]) -> Cluster:
 
 
 def _ranges(c: Cluster) -> list[tuple[str, bool, str]]:
-    ones = ("timeout_minutes", "cpus_per_task", "parallel", "runs_per_gpu", "max_fruitless")
+    ones = ("timeout_minutes", "cpus_per_task", "cpus_without_gpu", "parallel", "runs_per_gpu", "max_fruitless")
     optional = ("nodes", "tasks_per_node", "max_array_size", "gpus_per_job")
     zeros = ("gpus_per_node", "stage_keep_hours", "max_requeues", "free_gib")
     limit = min(60 * c.timeout_minutes - 1, 65535)  # 65535: the most that sbatch takes

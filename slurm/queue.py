@@ -19,8 +19,8 @@ from runfolder.errors import UserError
 _COMMANDS = ("sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 _FIELD, _RECORD = "\x1f", "\x1e"  # no name of a job or node has these
 # Width 0 means as wide as needed, which Slurm without suffixes of fields does not know.
-_COLUMNS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "Name")
-_COLUMNS_OF_OLD = ("%i", "%T", "%r", "%N", "", "%j")
+_COLUMNS = ("JobArrayID", "State", "Reason", "NodeList", "RestartCnt", "TimeUsed", "Name")
+_COLUMNS_OF_OLD = ("%i", "%T", "%r", "%N", "", "%M", "%j")
 _CHUNK = 200  # jobs per command line
 
 
@@ -34,6 +34,7 @@ class QueuedJob:
     reason: str  # why it waits: Priority, Resources, BeginTime, ...; "" while it runs
     nodes: str
     restarts: int | None  # None: this Slurm does not say
+    seconds: int | None  # since it last started; 0 before
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def _parsed(text: str, end: str) -> list[QueuedJob] | None:
         values = record.split(_FIELD)
         if len(values) != len(_COLUMNS):
             return None
-        job, state, reason, nodes, restarts, name = values
-        reason = "" if reason == "None" else reason
-        found.append(QueuedJob(job, name, state, reason, nodes, int(restarts) if restarts.isdecimal() else None))
+        job, state, reason, nodes, restarts, used, name = values
+        reason, restarts = "" if reason == "None" else reason, int(restarts) if restarts.isdecimal() else None
+        found.append(QueuedJob(job, name, state, reason, nodes, restarts, _seconds_of(used)))
     return found if found or not text.strip() else None
 
 
@@ -160,12 +161,17 @@ def accounts() -> list[str]:
 
 
 def minutes_of(text: str) -> int | None:
-    """Whole minutes of Slurm's [DAYS-]HOURS:MINUTES:SECONDS; None for no limit."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", text)
+    """Whole minutes of Slurm's [[DAYS-]HOURS:]MINUTES:SECONDS; None for no limit."""
+    seconds = _seconds_of(text)
+    return None if seconds is None else seconds // 60
+
+
+def _seconds_of(text: str) -> int | None:
+    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
     if found is None:
         return None
-    days, hours, minutes, _ = (int(part or 0) for part in found.groups())
-    return (days * 24 + hours) * 60 + minutes
+    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _output(command: list[str], timeout: float) -> str | None:
@@ -191,11 +197,6 @@ def _run(command: list[str], timeout: float) -> subprocess.CompletedProcess[str]
     )
 
 
-def seconds_left(job: str) -> float | None:
+def seconds_left(job: str) -> int | None:
     """Seconds until Slurm ends this running job; None where there is no limit or no answer."""
-    text = (_output(["squeue", "--noheader", f"--jobs={job}", "--format=%L"], 30.0) or "").strip()
-    found = re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", text)
-    if found is None:
-        return None
-    days, hours, minutes, seconds = (int(part or 0) for part in found.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+    return _seconds_of((_output(["squeue", "--noheader", f"--jobs={job}", "--format=%L"], 30.0) or "").strip())

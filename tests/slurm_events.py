@@ -78,7 +78,7 @@ class Submitted:
         self._hook.mkdir(parents=True)
         (self._hook / "sitecustomize.py").write_text(_HOOK)
         (self._hook / "brake").write_text(str(brake))
-        usual = {"nodes": ranks, "cpus_per_task": 1, "timeout_minutes": 30, "free_gib": 0.1}
+        usual = {"nodes": ranks, "cpus_without_gpu": 1, "timeout_minutes": 30, "free_gib": 0.1}
         usual["python"] = incurious_python(home / "python")
         setup = [f"export PYTHONPATH={self._hook}:$PYTHONPATH", *profile.pop("setup", [])]
         (home / "profile.yaml").write_text(yaml.safe_dump({"base": "slurm", **usual, **profile, "setup": setup}))

@@ -249,9 +249,10 @@ def test_a_spoiled_cache_is_silently_not_used(run, cache, capsys, opened, spoil)
     assert capsys.readouterr() == ("", "")
 
 
-def test_another_version_is_not_used_and_is_replaced(run, cache, opened, monkeypatch):
+def test_another_version_is_not_used_and_is_replaced(run, cache, opened):
     cache.read_events(run)
-    monkeypatch.setattr(cache_module, "_VERSION", "another")
+    name, _, rest = cache.path_of(run).read_bytes().split(b" ", 2)
+    cache.path_of(run).write_bytes(b" ".join([name, b"another", rest]))
     cache.read_events(run)
     assert len(opened) == 2
     cache.read_events(run)

@@ -279,7 +279,6 @@ def test_blocks_of_any_size_give_the_same_records(tmp_path, monkeypatch, block, 
     path.write_bytes(b"".join(map(_frame, data)))
     offsets = record_offsets(path)
     monkeypatch.setattr(events, "LARGEST", largest)
-    monkeypatch.setattr(events, "_BLOCK", block)
     with open(path, "rb") as file:
         reader = RecordReader(file, block)
         found = dict(reader)

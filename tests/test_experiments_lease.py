@@ -290,7 +290,8 @@ def test_words_for_numbers_in_a_lease_are_as_if_they_were_not_there(folder):
 
 def _hidden(monkeypatch, number):
     """As with hidepid: no file in /proc, and signals are refused (EPERM) or, of none, unknown (ESRCH)."""
-    monkeypatch.setattr(process, "_read", lambda path: "" if path.endswith("/stat") else "boot")
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda path, **how: "" if path.name == "stat" else read(path, **how))
 
     def kill(pid, signal):
         raise OSError(number, os.strerror(number))

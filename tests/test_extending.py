@@ -89,6 +89,19 @@ def test_a_new_optimizer_trains_in_every_family_with_a_given_rate(family, conf, 
     assert train(family, tmp_path, *words, "optim.lr=0.001")["steps"] == 1
 
 
+def test_an_optimizer_without_weight_decay_trains_where_the_recipe_has_none(conf, tmp_path):
+    (conf / "optim" / "rprop.yaml").write_text("name: rprop\n_target_: torch.optim.Rprop\nlr: 0.01\n")
+    choice = {"optim": "rprop", "optim.lr": 0.01}
+    with pytest.raises(UserError) as caught:
+        compose_config("cifar100_zoo", choice)
+    assert str(caught.value) == (
+        "rprop takes no weight_decay, and this recipe gives it 0.0005; optim.weight_decay=0 trains without."
+    )
+    assert "weight_decay" not in compose_config("cifar100_zoo", choice | {"optim.weight_decay": 0}).optim
+    words = ["data=digits", *TINY_VIT, *(f"{key}={value}" for key, value in choice.items()), "max_steps=1"]
+    assert train("cifar_vit", tmp_path, *words, "decay_matrices_only=true")["steps"] == 1
+
+
 # -- a data set ---------------------------------------------------------------------------------------
 
 BIRDS = """

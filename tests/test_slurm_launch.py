@@ -87,17 +87,18 @@ def fake_slurm(no_slurm, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("profile", "gpus", "shape"),
     [
-        ({}, 0, Shape(1, 1, 0, 6, 1)),
+        ({}, 0, Shape(1, 1, 0, 2, 1)),
         ({}, 1, Shape(1, 1, 1, 6, 1)),
         ({}, 8, Shape(1, 8, 8, 6, 1)),
         ({}, 16, Shape(2, 8, 8, 6, 1)),
         ({}, 12, Shape(2, 6, 6, 6, 1)),
-        ({"gpus_per_node": 0}, 1, Shape(1, 1, 0, 6, 1)),
+        ({"gpus_per_node": 0}, 1, Shape(1, 1, 0, 2, 1)),
         ({"runs_per_gpu": 4}, 1, Shape(1, 1, 1, 6, 4)),
-        ({"runs_per_gpu": 4}, 0, Shape(1, 1, 0, 6, 4)),
+        ({"runs_per_gpu": 4}, 0, Shape(1, 1, 0, 8, 4)),
+        ({"cpus_without_gpu": 3}, 0, Shape(1, 1, 0, 3, 1)),
         ({"runs_per_gpu": 4, "gpus_per_job": 2}, 1, Shape(1, 1, 2, 12, 8)),
         ({"gpus_per_job": 4}, 1, Shape(1, 1, 4, 24, 4)),
-        ({"nodes": 2}, 0, Shape(2, 1, 0, 6, 1)),
+        ({"nodes": 2}, 0, Shape(2, 1, 0, 2, 1)),
         ({"nodes": 2, "tasks_per_node": 4}, 1, Shape(2, 4, 4, 6, 1)),
         ({"nodes": 2}, 8, Shape(2, 4, 4, 6, 1)),
         ({"tasks_per_node": 4}, 8, Shape(2, 4, 4, 6, 1)),
@@ -420,7 +421,7 @@ def test_a_submitted_claim_lives_as_long_as_its_job(fake_slurm, runs):
     squeue = Path(os.environ["PATH"]) / "squeue"
     program(squeue, "exit 1")
     assert ledger.claim(runs[:2], "second") == []
-    program(squeue, "printf '7_1\\037RUNNING\\037None\\037n1\\0370\\037first.0\\037\\036\\n'")
+    program(squeue, "printf '7_1\\037RUNNING\\037None\\037n1\\0370\\0371:00\\037first.0\\037\\036\\n'")
     assert ledger.claim(runs[:2], "second") == runs[:1]
 
 
@@ -573,7 +574,7 @@ def test_a_refused_submission_leaves_its_runs_free(fake_slurm, tmp_path, capsys)
     assert Counter(bool(claim.get("released")) for claim in claims) == {True: 2, False: 2}
     (fake_slurm / "refuse").unlink()
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
-    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\0370:00\\037{1}\\037\\036\\n"
     program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
     assert quickstart(*choice) == 0
     said = capsys.readouterr().out
@@ -617,7 +618,7 @@ def test_retry_submits_as_before_but_for_the_changes(fake_slurm, tmp_path, capsy
 def test_a_submission_without_runs_leaves_no_folder(fake_slurm, tmp_path, capsys):
     assert quickstart("--submit", *TWO) == 0
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
-    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\0370:00\\037{1}\\037\\036\\n"
     program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
     before = submission(tmp_path)
     assert quickstart("--submit", *TWO) == 0
@@ -701,7 +702,7 @@ def test_the_plan_says_how_many_jobs_will_run_at_a_time(fake_slurm, tmp_path, ca
 def test_submitting_what_is_queued_asks_nothing_of_the_cluster(fake_slurm, tmp_path, monkeypatch, capsys):
     assert quickstart("--submit", *TWO) == 0
     name = options_in((fake_slurm / "0.sh").read_text())["job-name"]
-    record = "100_{0}\\037PENDING\\037None\\037\\0370\\037{1}\\037\\036\\n"
+    record = "100_{0}\\037PENDING\\037None\\037\\0370\\0370:00\\037{1}\\037\\036\\n"
     program(Path(os.environ["PATH"]) / "squeue", f"printf '{record.format(0, name)}{record.format(1, name)}'")
     monkeypatch.setattr(preflight, "check", lambda *_, **__: pytest.fail("a preflight for nothing"))
     capsys.readouterr()

@@ -1,6 +1,7 @@
 import re
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ def here(**changes):
 
 
 def there(**changes):
-    return load_cluster("slurm", QUICK | {"free_gib": 0, "cpus_per_task": 1} | changes)
+    return load_cluster("slurm", QUICK | {"free_gib": 0, "cpus_without_gpu": 1} | changes)
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ WRONG = [
         r"got: Invalid feature specification \(from `sbatch .*fast.*`\); change cluster.constraint\.",
     ),
     (
-        {"cpus_per_task": 99},
+        {"cpus_without_gpu": 99},
         r"got: Requested node configuration is not available .*; change cluster.nodes, gpus_per_node",
     ),
     ({"nodes": 7}, r"got: Requested node configuration is not available"),
@@ -218,12 +219,12 @@ def test_folders_that_other_nodes_cannot_see(folder, only_here, monkeypatch):
 
 
 @needs_slurm
-def test_runs_on_this_machine_alone_are_a_note_for_slurm(inside, monkeypatch, tmp_path):
-    monkeypatch.setattr(preflight, "_only_here", lambda folder: folder == tmp_path)
-    sentence = f"{tmp_path} seems to be on this machine alone"
-    notes = check(there(), tmp_path, [])  # on a busy machine another one: a node that has not answered in time
-    assert sum(sentence in note for note in notes) == 1
-    assert check(here(), tmp_path, []) == []
+def test_runs_on_this_machine_alone_are_a_note_for_slurm(inside):
+    with tempfile.TemporaryDirectory(dir="/tmp") as runs:
+        sentence = f"{runs} seems to be on this machine alone"
+        notes = check(there(), Path(runs), [])  # on a busy machine another one: a node that has not answered in time
+        assert sum(sentence in note for note in notes) == 1
+        assert check(here(), Path(runs), []) == []
 
 
 def test_folders_of_images_need_both_splits(tmp_path):

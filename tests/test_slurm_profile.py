@@ -32,6 +32,7 @@ BAD = [
     ("nodes", 0, "cluster.nodes to be at least 1 or null"),
     ("tasks_per_node", 0, "cluster.tasks_per_node to be at least 1 or null"),
     ("cpus_per_task", 0, "cluster.cpus_per_task to be at least 1"),
+    ("cpus_without_gpu", 0, "cluster.cpus_without_gpu to be at least 1"),
     ("memory_gb", 0, "cluster.memory_gb to be above 0 or null"),
     ("memory_gb", float("nan"), "cluster.memory_gb to be above 0 or null"),
     ("parallel", 0, "cluster.parallel to be at least 1"),

@@ -185,7 +185,7 @@ def test_of_several_processes_one_copies_and_the_others_wait(source, tmp_path):
 
 def test_a_second_start_reads_only_what_a_glimpse_needs(source, tmp_path, monkeypatch):
     with staged(source, tmp_path / "local", report=quiet):
-        monkeypatch.setattr(copying, "_listing", None)
+        monkeypatch.setattr(copying.Copying, "make", None)
         with staged(source, tmp_path / "local", report=quiet) as data:
             assert content(data) == content(source)
 
@@ -282,8 +282,8 @@ def test_a_glimpse_ends_somewhere_but_a_touched_folder_is_seen(source, monkeypat
 
 
 def test_a_source_that_changes_meanwhile_is_an_error(source, tmp_path, monkeypatch):
-    compare = copying._compare
-    monkeypatch.setattr(copying, "_compare", lambda *a: [compare(*a), (source / "more").touch()])
+    pour = copying.Copying.pour
+    monkeypatch.setattr(copying.Copying, "pour", lambda *a: [pour(*a), (source / "more").touch()])
     with pytest.raises(UserError, match="changes while it was copied"), staged(source, tmp_path / "local"):
         pass
     assert copies(tmp_path / "local") == []
@@ -326,15 +326,9 @@ def test_a_damaged_compressed_archive_is_an_error(source, tmp_path, name, damage
 
 def test_a_file_that_comes_short_is_named(source, tmp_path, monkeypatch):
     """While it is read, and if it is short on the disk all the same."""
-    listing = copying._listing
-
-    def one_byte_more(*arguments):
-        sizes, folders = listing(*arguments)
-        return sizes | {"a.bin": 3001}, folders
-
     with monkeypatch.context() as patch:
-        patch.setattr(copying, "_listing", one_byte_more)
-        with pytest.raises(UserError, match="3,000 bytes of 3,001 in a.bin"), staged(source, tmp_path / "local"):
+        patch.setattr(copying.Copying, "need", lambda *_: os.truncate(source / "a.bin", 2999))
+        with pytest.raises(UserError, match="2,999 bytes of 3,000 in a.bin"), staged(source, tmp_path / "local"):
             pass
     monkeypatch.setattr(copying.Copying, "pour", lambda self, stream, name, size: (self.target / name).touch())
     with pytest.raises(UserError, match=r"0 instead of .* bytes in the copy of"), staged(source, tmp_path / "local"):

@@ -114,9 +114,9 @@ class Slurm:
         path.write_text(f'#!/bin/sh\necho "$*" >> "${{0%/*}}/{name}.calls"\n{line}\n')
         path.chmod(0o755)
 
-    def tell(self, tasks):
+    def tell(self, tasks, used="0:05"):
         """Each task: job, state, reason, nodes, name."""
-        rows = ["\x1f".join((job, state, why, nodes, "0", name, "\x1e\n")) for job, state, why, nodes, name in tasks]
+        rows = ["\x1f".join((*task[:4], "0", used, task[4], "\x1e\n")) for task in tasks]
         (self.folder / "queue").write_text("".join(rows))
 
     def calls(self, name):
@@ -214,6 +214,32 @@ def test_every_state_is_seen_in_text_and_json_alike(runs, slurm, call):
     assert "(Priority)" in rows(text)["in-slurm"]
     assert rows(text)["starting"][-3:] == ["77_5", "node07", "(starting)"]
     assert rows(text)["queued-0"][-2:] == ["(being", "submitted)"]
+
+
+def test_a_job_without_a_word_is_starting_for_ten_minutes_and_then_hangs(runs, slurm, call):
+    """The job's time counts as well: a log may be from before it was requeued."""
+    folder = make(runs, "run", claim=submitted(5))
+    log = runs / "demo" / "slurm" / "sub" / "jobs" / "77_5_0_log.out"
+    write(log, "")
+    write(folder / "output.txt", "")
+    hanging = f"hanging? no sign of life for 25 min, see {log.relative_to(runs.parent)}"
+    ages = {"never": 10**9, "old": 25 * 60, "new": 60}
+    for used, printed, out, reason in [
+        ("0:05", "old", "never", "starting"),
+        ("3:25:00", "new", "never", "starting"),
+        ("3:25:00", "never", "new", "starting"),
+        ("3:25:00", "old", "never", hanging),
+        ("3:25:00", "never", "old", hanging),
+        ("25:00", "never", "never", hanging),
+    ]:
+        for path, age in ((log, ages[printed]), (folder / "output.txt", ages[out])):
+            os.utime(path, (time.time() - age,) * 2)
+        slurm.tell([("77_5", "RUNNING", "None", "node07", "sub.0")], used)
+        assert json.loads(call("--json")[1])["runs"][0]["reason"] == reason
+        assert f"node07 ({reason})" in call()[1]
+        assert f"queued ({reason})" in call("show", "run")[1]
+    log.unlink()
+    assert f"25 min, see {log.parent.relative_to(runs.parent)})" in call()[1]
 
 
 def test_a_row_says_what_the_files_say(runs, slurm, call):
@@ -618,8 +644,8 @@ def test_watch_prints_each_change_and_ends_with_the_last_run(runs, slurm, call, 
 
     clock = Clock(monkeypatch, train)
     read = Counter()
-    entry = ledger._entry
-    monkeypatch.setattr(ledger, "_entry", lambda folder, *rest: read.update([folder.name]) or entry(folder, *rest))
+    judge = ledger.state_of
+    monkeypatch.setattr(ledger, "state_of", lambda folder, *rest: read.update([folder.name]) or judge(folder, *rest))
     code, text, _ = call("watch", "--every", "7")
     assert code == 0
     assert clock.naps == [7.0] * 3

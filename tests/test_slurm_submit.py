@@ -29,7 +29,7 @@ from tests.slurm_cluster import cluster, make_cluster, needs_slurm  # noqa: F401
 ROOT = Path(__file__).parents[1]
 TINY = ["epochs=2", "runtime.threads=1"]
 ONE = ["model=resnet_small", "method=vanilla", "seed=0"]
-PROFILE = ["cluster.cpus_per_task=1", "cluster.timeout_minutes=20", "cluster.free_gib=0"]
+PROFILE = ["cluster.cpus_without_gpu=1", "cluster.timeout_minutes=20", "cluster.free_gib=0"]
 HELD = "cluster.extra.hold=true"
 
 
@@ -221,7 +221,7 @@ def test_a_grid_larger_than_an_array_is_several(login):
 def test_of_four_runs_on_a_gpu_one_fails_alone(login):
     """One job, one (pretended) GPU for all four; the learning rate of one is absurd."""
     choice = [*ONE, "optim.lr=0.003,0.004,0.005,1e20", "runtime.gpus=1", "runtime.device=cpu"]
-    said = login.submit(*choice, "cluster.gpus_per_node=2", "cluster.runs_per_gpu=4")
+    said = login.submit(*choice, *("cluster.gpus_per_node=2", "cluster.runs_per_gpu=4", "cluster.cpus_per_task=1"))
     assert "Submitted 4 runs in 1 jobs" in said
     (job,) = login.jobs()
     login.wait()
