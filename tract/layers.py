@@ -268,7 +268,7 @@ def TrAct(  # noqa: N802
         (True, True)
     """
     _require_wrappable(layer)
-    wrapped = _same_state(layer, WRAPPED[type(layer)])
+    wrapped = same_state(layer, WRAPPED[type(layer)])
     wrapped._configure(lambda_, l, statistics)
     return wrapped
 
@@ -284,7 +284,7 @@ def unwrapped(layer: TrActLayer) -> nn.Module:
         raise TypeError(
             f"expected a TrAct layer as TrAct() makes it, got {type(layer).__name__}; remove the parametrization first."
         )
-    plain = _same_state(layer, plain_types[0])
+    plain = same_state(layer, plain_types[0])
     for name in _OWN_STATE:
         del plain.__dict__[name]
     return plain
@@ -295,12 +295,16 @@ def tract_layers(model: nn.Module) -> Iterator[TrActLayer]:
     return (module for module in model.modules() if isinstance(module, TrActLayer))
 
 
-def _same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    # Tensors are shared but not the tables that name them. The tables of hooks are shared too,
-    # so that the handle of a hook still removes it.
+def same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """A module of another class with the same tensors, hooks and options.
+
+    The tables that name tensors are its own. The tables of hooks are shared, so that the handle of a hook
+    still removes it.
+    """
     twin = kind.__new__(kind)
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     for name, value in vars(layer).items():
-        twin.__dict__[name] = value.copy() if name in ("_parameters", "_buffers", "_modules") else value
+        twin.__dict__[name] = value.copy() if name in tables else value
     return twin
 
 
