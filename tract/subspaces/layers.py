@@ -331,7 +331,7 @@ def load_endpoint(model: nn.Module, index: int, state_dict: dict[str, Tensor]) -
 def _supported(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that can have endpoints, by name: exactly of a plain class, with parameters of their own."""
     named = dict(model.named_modules())
-    fit = {n for n, m in named.items() if n and type(m) in KINDS and _NAMES == tuple(m._parameters)}
+    fit = {n for n, m in named.items() if n and type(m) in KINDS and tuple(m._parameters) == _NAMES}
     fit = {n for n in fit if named[n].weight is not None}
     elsewhere = {id(p) for n, m in named.items() if n not in fit for p in m._parameters.values()}
     return {n: m for n, m in named.items() if n in fit and not any(id(p) in elsewhere for p in m._parameters.values())}

@@ -64,7 +64,9 @@ class Path(ABC):
             ValueError: there is one endpoint only.
         """
         if self.endpoints < 2:
-            raise ValueError("expected a subspace of two endpoints or more to draw a pair, got one; do without the pair.")
+            raise ValueError(
+                "expected a subspace of two endpoints or more to draw a pair, got one; do without the pair."
+            )
         if hasattr(generator, "sample"):
             first, second = generator.sample(range(self.endpoints), 2)
         else:
