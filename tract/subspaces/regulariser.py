@@ -56,8 +56,8 @@ def distance(model: torch.nn.Module, first: int, second: int) -> Tensor:
 def statistics(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
     """(cos^2, distance) over all pairs of endpoints, as the authors' code logs them.
 
-    For a simplex both are means over the pairs. For a line and a curve cos^2 is the sum over the pairs, and the
-    distance the root of the summed squared distances. Zero with one endpoint.
+    cos^2 is the mean over the pairs of a simplex, and the distance the root of the mean squared distance; for a
+    line and a curve sums stand in place of both means. Zero with one endpoint.
 
     Raises:
         ValueError: as :func:`squared_cosine`.
@@ -68,10 +68,10 @@ def statistics(model: torch.nn.Module) -> tuple[Tensor, Tensor]:
         zero = torch.zeros(())
         return zero, zero
     cosines = torch.stack([squared_cosine(model, *pair) for pair in pairs])
-    distances = torch.stack([distance(model, *pair) for pair in pairs])
+    squares = torch.stack([distance(model, *pair).square() for pair in pairs])
     if isinstance(path, Simplex):
-        return cosines.mean(), distances.mean()
-    return cosines.sum(), distances.square().sum().sqrt()
+        return cosines.mean(), squares.mean().sqrt()
+    return cosines.sum(), squares.sum().sqrt()
 
 
 def _products(model: torch.nn.Module, first: int, second: int) -> tuple[Tensor, Tensor]:
