@@ -31,11 +31,12 @@ def reestimated(
     Raises:
         ValueError: no batch, on any rank.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    plain = getattr(model, "_orig_mod", model)  # a compiled model would not see the hooks
+    norms = [m for m in plain.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
     if not norms:
         return model
     before = [(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone()) for norm in norms]
-    modes = [(module, module.training) for module in model.modules()]
+    modes = [(module, module.training) for module in plain.modules()]
     momenta = [norm.momentum for norm in norms]
     size = max(norm.num_features for norm in norms)
     sums = norms[0].running_mean.new_zeros((len(norms) + 1, 2 * size + 1), dtype=torch.float64)  # last row: batches
@@ -59,7 +60,7 @@ def reestimated(
             norm.reset_running_stats()
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                plain(batch)
                 sums[-1, -1] += 1
     finally:
         for hook in hooks:
@@ -72,8 +73,8 @@ def reestimated(
     total = sums if share is None else share(sums)
     if not total[-1, -1]:
         raise ValueError("expected a batch or more to estimate batch-norm statistics from, got none.")
-    for norm, row in zip(norms, total, strict=False):
-        if count := row[-1].item():
+    for norm, row, count in zip(norms, total[:-1], total[:-1, -1].tolist(), strict=True):
+        if count:
             mean = row / count
             _set(norm, mean[: norm.num_features], mean[size : size + norm.num_features], torch.tensor(int(count)))
     return model

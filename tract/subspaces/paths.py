@@ -64,9 +64,7 @@ class Path(ABC):
             ValueError: there is one endpoint only.
         """
         if self.endpoints < 2:
-            raise ValueError(
-                "expected a subspace of two endpoints or more to draw a pair, got one; do without the pair."
-            )
+            raise ValueError("expected two endpoints or more to draw a pair from, got one; do without a pair.")
         if hasattr(generator, "sample"):
             first, second = generator.sample(range(self.endpoints), 2)
         else:
