@@ -255,12 +255,15 @@ def tract_layers(model: nn.Module) -> Iterator[TrActLayer]:
 
 
 def same_state(layer: nn.Module, kind: type[nn.Module]) -> nn.Module:
-    """A layer of this class with the state of another, of which it shares tensors and hooks."""
-    # Tensors are shared but not the tables that name them. The tables of hooks are shared too,
-    # so that the handle of a hook still removes it.
+    """A module of another class with the same tensors, hooks and options.
+
+    The tables that name tensors are its own. The tables of hooks are shared, so that the handle of a hook
+    still removes it.
+    """
     twin = kind.__new__(kind)
+    tables = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
     for name, value in vars(layer).items():
-        twin.__dict__[name] = value.copy() if name in ("_parameters", "_buffers", "_modules") else value
+        twin.__dict__[name] = value.copy() if name in tables else value
     return twin
 
 
