@@ -42,6 +42,7 @@ GROUPS = ("stage", *COMPONENTS, "debug")
 # Options that came when runs had been made without them. At these values they are left out of a configuration, so that
 # such a run is found under its name.
 _LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0}}
+_LATER_ABOVE = {"eval_train": False, "eval_start": False, "validation_images": 0, "validation_from": "spread"}
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
@@ -90,6 +91,7 @@ class Runtime:
     data_copy: str | None = None  # read the data from this copy of data.root (staging sets it)
     gpus: int = 1  # a submitted run gets so many GPUs, one rank each; 0: one rank on the CPU
     gpu_seconds_per_epoch: float | None = None  # an estimate for --dry-run until a run like it has finished
+    save_outputs: bool = False  # the result's class scores of all test images, for ensembles of runs (outputs.npz)
     profile: bool = False  # torch profiler over a few steps, trace in the run folder
     anomaly: bool = False  # torch.autograd.detect_anomaly
 
@@ -399,6 +401,9 @@ def to_tree(config: Config) -> dict[str, Any]:
     tree = asdict(config)
     for key in ("precision", "loss", "validation_from"):
         tree[key] = str(tree[key].value)
+    for key, usual in _LATER_ABOVE.items():
+        if tree[key] == usual:
+            del tree[key]
     return tree
 
 

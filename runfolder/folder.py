@@ -78,6 +78,11 @@ class RunFolder:
         return self / "result.json"
 
     @property
+    def outputs(self) -> Path:
+        """Class scores of all test images and their labels, by the network that is the result (.npz)."""
+        return self / "outputs.npz"
+
+    @property
     def progress(self) -> Path:
         """How far it is, for whoever watches it; see :class:`runfolder.records.Progress`."""
         return self / "progress.json"

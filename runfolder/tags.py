@@ -38,7 +38,7 @@ def axis(tag: str) -> str:
 
 def smaller_is_better(tag: str) -> bool:
     """Whether less of a measure is more: of losses, errors, times and memory."""
-    return tag.endswith(("loss", "error", "seconds", "mib"))
+    return tag.endswith(("loss", "error", "ece", "seconds", "mib"))
 
 
 def primary_metric(*results: Mapping[str, object] | None) -> str:

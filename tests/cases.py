@@ -20,6 +20,10 @@ METHODS = {
     "patchnorm": {},
     "dual_patchnorm": {},
     "proxprop": {"method.mode": "prox_cg3"},
+    "line": {"method.points": 3},
+    "curve": {"method.points": 3, "method.layerwise": True},
+    "simplex": {"method.members": 2},
+    "swa": {"method.count": 3, "method.samples": 2, "method.points": 2},
 }
 # Methods that need a patch embedding, which the convolutions of resnet_small are not.
 ON_PATCHES = ("patchnorm", "dual_patchnorm")

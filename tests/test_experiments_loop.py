@@ -128,7 +128,7 @@ def test_evaluation_equals_scikit_learns(tmp_path):
     assert metrics["test/loss"] == pytest.approx(log_loss(labels, scores.softmax(1).numpy()), rel=1e-5)
 
 
-EPOCH_TAGS = {"test/loss", "test/top1", "test/top5", "time/epoch_seconds", "time/train_seconds"}
+EPOCH_TAGS = {"test/loss", "test/top1", "test/top5", "test/ece", "time/epoch_seconds", "time/train_seconds"}
 EPOCH_TAGS |= {"memory/peak_mib", "time/images_per_second"}
 
 
@@ -268,10 +268,10 @@ def test_hooks_are_called_in_the_documented_order(tmp_path, monkeypatch):
         def after_step(self, model, optimizer, step):
             calls.append(f"after_step {step}")
 
-        def evaluated(self, model):
+        def evaluated(self, model, occasion):
             assert not model.training
             calls.append("evaluated")
-            return super().evaluated(model)
+            return super().evaluated(model, occasion)
 
         def metrics(self, model):
             calls.append("metrics")

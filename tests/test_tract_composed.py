@@ -146,7 +146,7 @@ class _Noting(Method):
     def carry_average(self, before, after):
         self._note("carry_average")
 
-    def evaluated(self, model):
+    def evaluated(self, model, occasion):
         yield "test", self.name
         yield f"{self.name}/more", self.name
 
@@ -177,8 +177,8 @@ def test_every_hook_reaches_every_part_in_order():
 def test_what_is_evaluated_is_what_parts_say_and_tags_are_different():
     both = Composed(plain=Method(), a=_Noting("a", []), b=_Noting("b", []))
     evaluated = [("test", "a"), ("a/more", "a"), ("b/test", "b"), ("b/more", "b")]
-    assert list(both.evaluated(None)) == evaluated
-    assert list(Composed(plain=Method(), more=Method()).evaluated("model")) == [("test", "model")]
+    assert list(both.evaluated(None, None)) == evaluated
+    assert list(Composed(plain=Method(), more=Method()).evaluated("model", None)) == [("test", "model")]
 
 
 class _Grouping(Method):

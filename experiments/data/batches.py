@@ -127,6 +127,12 @@ class Batches:
         rounds = -(-len(numbers) // (self.ranks.size * self.eval_batch_size))
         return self._made("test" if part == "test" else "train", np.array_split(mine, rounds), None)
 
+    def plain(self) -> Iterator[Batch]:
+        """Training images without augmentation, in batches as in training of which each is one rank's alone."""
+        numbers = np.arange(len(self.data.train)) if self._trained is None else self._trained
+        parts = [numbers[at : at + self.batch_size] for at in range(0, self._images, self.batch_size)]
+        return self._made("train", parts[self.ranks.rank :: self.ranks.size], None)
+
     def global_count(self, step: int) -> int:
         """Images of batch ``step`` of an epoch over all ranks."""
         return min(self.batch_size, self._images - step * self.batch_size)

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from experiments.ranks import Ranks
 
+_BINS = 20  # of the calibration error
+
 
 @torch.no_grad()
 def evaluate(
@@ -19,7 +21,10 @@ def evaluate(
     ranks: Ranks,
     between: Callable[[], None],
 ) -> dict[str, float]:
-    """Mean cross-entropy, top-1 and top-5 accuracy in percent.
+    """Mean cross-entropy, top-1 and top-5 accuracy and the expected calibration error in percent.
+
+    The calibration error is 100 sum_b |hits_b - confidence_b| / n over 20 bins of the predicted class's
+    probability (Guo et al., arXiv 1706.04599, equation 3).
 
     Args:
         predictor: images to class scores, in evaluation mode.
@@ -29,24 +34,28 @@ def evaluate(
         between: called (on all ranks) before each batch; what it raises ends the evaluation.
 
     Returns:
-        {"loss", "top1", "top5"}; with fewer than five classes top5 is 100.
+        {"loss", "top1", "top5", "ece"}; with fewer than five classes top5 is 100.
     """
     sums = None
     for inputs, labels in batches:
         between()
         if sums is None:
-            sums = torch.zeros(4, dtype=torch.float64, device=labels.device)
+            sums = torch.zeros(4 + _BINS, dtype=torch.float64, device=labels.device)
         if len(labels):
             sums += _sums(predictor(inputs).float(), labels)
-    loss, top1, top5, count = ranks.sum(sums).tolist()
+    loss, top1, top5, count, *excess = ranks.sum(sums).tolist()
     if count != images:
-        raise AssertionError(f"evaluation counted {count:g} of {images} test images")
-    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
+        raise AssertionError(f"evaluation counted {count:g} of {images} images")
+    hits = {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    return {"loss": loss / count, **hits, "ece": 100 * sum(map(abs, excess)) / count}
 
 
 def _sums(scores: Tensor, labels: Tensor) -> Tensor:
-    """(sum of losses, top-1 hits, top-5 hits, images) of one batch, float64."""
+    """(sum of losses, top-1 hits, top-5 hits, images, hits minus confidence in each bin) of one batch, float64."""
     loss = F.cross_entropy(scores, labels, reduction="none").double().sum()
     hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
     count = torch.tensor(len(labels), dtype=torch.float64, device=labels.device)
-    return torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), count])
+    confidence = scores.double().softmax(1).amax(1)
+    bins = (_BINS * confidence).long().clamp(max=_BINS - 1)
+    excess = confidence.new_zeros(_BINS).index_add(0, bins, hits[:, 0].double() - confidence)
+    return torch.cat([torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), count]), excess])

@@ -49,5 +49,5 @@ class Classification(Task):
     def evaluate(
         self, predictor: Forward, batches: Iterable[Batch], images: int, ranks: Ranks, between: Callable[[], None]
     ) -> dict[str, float]:
-        """{"loss", "top1", "top5"}, see :func:`experiments.tasks.accuracy.evaluate`."""
+        """{"loss", "top1", "top5", "ece"}, see :func:`experiments.tasks.accuracy.evaluate`."""
         return evaluate(predictor, batches, images, ranks, between)

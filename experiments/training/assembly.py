@@ -23,7 +23,7 @@ from experiments.training.start import load_start
 from experiments.training.stop import StopRequest
 from runfolder.errors import UserError
 from runfolder.failures import FailureKind
-from tract.methods.base import Method
+from tract.methods.base import Method, Setting
 
 
 def load_data(config: Config, ranks: Ranks) -> Data:
@@ -76,7 +76,7 @@ def build_trainer(
     if tested < len(data.test):
         log.say(f"evaluates on {tested:,} of {len(data.test):,} test images (eval_images)")
     task = data.task(config, len(data.classes))
-    model, method, applied = _network(config, task, data, device)
+    model, method, applied = _network(config, task, data, batches.steps_per_epoch, device)
     if state is not None:
         method.match(model, state["model"])
     else:
@@ -114,14 +114,21 @@ def build_batches(config: Config, data: Data, ranks: Ranks, device: torch.device
     )
 
 
-def _network(config: Config, task: Task, data: Data, device: torch.device) -> tuple[nn.Module, Method, str | None]:
+def _network(
+    config: Config, task: Task, data: Data, steps_per_epoch: int, device: torch.device
+) -> tuple[nn.Module, Method, str | None]:
     """The model on its device with the method applied, the method, and what it says it did."""
     task.require_network()
     seed_torch(config.seed, "initialisation")
+
+    def network() -> nn.Module:
+        return build_model(config.model["name"], len(data.classes), **data.shape, **options_of(config.model))
+
     with _refusal_is_bad_input("model"):
-        model = build_model(config.model["name"], len(data.classes), **data.shape, **options_of(config.model))
+        model = network()
     with _refusal_is_bad_input("method"):
         method = build(config.method)
+        method.prepare(Setting(network, total_steps(config, steps_per_epoch), steps_per_epoch))
         applied = method.apply(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device, memory_format=memory_format), method, applied

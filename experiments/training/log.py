@@ -8,6 +8,7 @@ counts steps and ``test/*`` epochs.)
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import struct
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 from tqdm import tqdm
@@ -80,6 +82,14 @@ class RunLog:
             self._waiting.append((tag, value, x, time.time()))
             if time.monotonic() - self._flushed > _SECONDS_BETWEEN_FLUSHES:
                 self._flush_if_ours()
+
+    def outputs(self, scores: np.ndarray, labels: np.ndarray) -> None:
+        """The result's class scores (n, classes) and the labels of the test images."""
+        if self._folder is not None:
+            self.guard()
+            content = io.BytesIO()
+            np.savez_compressed(content, scores=scores, labels=labels)
+            write_atomically(self._folder.outputs, content.getvalue())
 
     def say(self, sentence: str) -> None:
         """One line for ``log.txt`` and the screen."""

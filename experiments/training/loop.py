@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -27,7 +28,7 @@ from experiments.training.optim import load_state_by_name, set_learning_rate, st
 from experiments.training.stop import StoppedError, StopRequest, Wish
 from runfolder import tags
 from runfolder.errors import SupersededError, TrainingFailedError
-from tract.methods.base import Method
+from tract.methods.base import Measure, Method, Occasion
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
 
@@ -196,11 +197,14 @@ class Trainer:
 
     def _parts(self, sizes: list[int]) -> int:
         """Micro-batches of the ranks' shares of these sizes: equally many on every rank, none of them empty."""
-        return min(min(sizes), math.ceil(max(sizes) / (self.config.micro_batch or max(sizes))))
+        pieces = self.method.pieces
+        needed = math.ceil(max(sizes) / (self.config.micro_batch or max(sizes)))
+        return min(min(sizes), pieces * math.ceil(needed / pieces))
 
     def _backward(self, batch: Batch, global_count: int, parts: int) -> None:
         """Gradients of the mean loss over the global batch."""
         for number, part in enumerate(self.task.split(batch, parts)):
+            self.method.before_part(self.model, self.progress.step, number, parts)
             together = number == parts - 1  # ranks exchange gradients in the last part only
             with nullcontext() if together or self.ranks.size == 1 else self.network.call.no_sync(), self._autocast():
                 total, measures = self.task.loss(self._forward, part)
@@ -327,8 +331,14 @@ class Trainer:
         self.model.eval()
         for name, part, predictor in self._evaluated():  # stopped in between, the whole evaluation is repeated
             images = len(self.batches.evaluated[part])
-            result = self.task.evaluate(predictor, self.batches.test(part), images, self.ranks, self._heed)
+            kept = [] if self.config.runtime.save_outputs and not metrics and self._occasion().last else None
+            batches, used = self.batches.test(part), predictor if kept is None else _keeping(predictor, kept)
+            result = self.task.evaluate(used, batches, images, self.ranks, self._heed)
+            if kept is not None:
+                self._save_outputs(kept)
             metrics |= {f"{name}/{key}": value for key, value in result.items()}
+        for name, measure in self.method.measured(self.model, self._occasion()):
+            metrics |= {f"{name}/{key}": value for key, value in self._mean_over_test(measure).items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds(training=False)
         self._record(metrics, speed)
@@ -336,13 +346,46 @@ class Trainer:
     def _evaluated(self) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
         """(tag, part of the images, predictor): all on the test set, the first on what else is evaluated too."""
         others = [part for part in self.batches.evaluated if part != "test"]
-        for number, (name, predictor) in enumerate(self.method.evaluated(self.model)):
+        for number, (name, predictor) in enumerate(self.method.evaluated(self.model, self._occasion())):
             yield name, "test", self._in_use(predictor)
             for part in () if number else others:
                 yield part, part, self._in_use(predictor)
         if self.network.average is not None:
-            for number, (name, predictor) in enumerate(self.method.evaluated(self.network.average.module.eval())):
+            average = self.network.average.module.eval()
+            for number, (name, predictor) in enumerate(self.method.evaluated(average, self._occasion())):
                 yield f"ema/{name}" if number else "ema", "test", self._in_use(predictor)
+
+    def _occasion(self) -> Occasion:
+        return Occasion(self._plain_images, self.ranks.sum, self.progress.step == self.total_steps)
+
+    def _plain_images(self) -> Iterator[Tensor]:
+        """Training images without augmentation in whole batches of this rank."""
+        for images, _ in self.batches.plain():
+            yield self._in_format(images)
+
+    @torch.no_grad()
+    def _mean_over_test(self, measure: Measure) -> dict[str, float]:
+        """Means over the test images, of which ranks have shares."""
+        sums: dict[str, Tensor] = {}
+        for images, labels in self.batches.test():
+            self._heed()
+            with self._autocast():
+                values = measure(self._in_format(images), labels)
+            sums = {key: sums.get(key, 0.0) + value.double().sum() for key, value in values.items()}
+        count = len(self.batches.evaluated["test"])
+        return {key: float(self.ranks.sum(total[None])) / count for key, total in sums.items()}
+
+    def _save_outputs(self, kept: list[Tensor]) -> None:
+        """The class scores of all ranks in the order of the test images, and the labels."""
+        numbers = self.batches.evaluated["test"]
+        labels = [labels for _, labels in self.batches.test()]
+        own = (torch.cat(kept).float().cpu().numpy(), torch.cat(labels).cpu().numpy())
+        parts = self.ranks.gather(own)
+        scores = np.empty((len(numbers), own[0].shape[1]), dtype=np.float32)
+        targets = np.empty(len(numbers), dtype=np.int64)
+        for rank, (some, classes) in enumerate(parts):
+            scores[rank :: self.ranks.size], targets[rank :: self.ranks.size] = some, classes
+        self.ranks.agree(lambda: self.log.outputs(scores, targets))
 
     def _in_use(self, predictor: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def predict(images: Any) -> Any:
@@ -382,6 +425,15 @@ def total_steps(config: Config, steps_per_epoch: int) -> int:
     """Optimizer steps of the whole run."""
     steps = config.epochs * steps_per_epoch
     return steps if config.max_steps is None else min(steps, config.max_steps)
+
+
+def _keeping(predictor: Callable[[Any], Any], kept: list[Tensor]) -> Callable[[Any], Any]:
+    def predict(images: Any) -> Any:
+        scores = predictor(images)
+        kept.append(scores.detach())
+        return scores
+
+    return predict
 
 
 def _peak_mib(device: torch.device) -> float:

@@ -8,22 +8,56 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 Predictor = Callable[[Tensor], Tensor]
+Measure = Callable[[Tensor, Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a method may know of a run before it changes the model.
+
+    Attributes:
+        another: makes the network anew, with other random numbers.
+        steps: optimizer steps of the whole run.
+        steps_per_epoch: likewise of an epoch.
+    """
+
+    another: Callable[[], nn.Module]
+    steps: int
+    steps_per_epoch: int
+
+
+@dataclass(frozen=True)
+class Occasion:
+    """What a method may look at when the model is evaluated.
+
+    Attributes:
+        images: passes over this rank's share of the training images, without augmentation, in batches that
+            no rank shares with another.
+        share: adds a tensor up over all ranks, each of which makes the call.
+        last: whether training ends here.
+    """
+
+    images: Callable[[], Iterable[Tensor]]
+    share: Callable[[Tensor], Tensor]
+    last: bool
 
 
 class Method:
     """A training method as hooks into a loop that knows none of them.
 
-    Order of calls: ``apply`` once; on resume ``match``; ``param_groups`` when the optimizer
-    is made; per optimizer step ``before_step``, then inside ``accumulating`` (with more than
-    one micro-batch) the forward and backward passes, then ``penalty``, then the optimizer's
-    own step, then ``after_step`` and, where that changed the model and a moving average is
-    kept, ``carry_average``; ``evaluated`` and ``metrics`` at each evaluation.
+    Order of calls: ``prepare`` and ``apply`` once; on resume ``match``; ``param_groups`` when the
+    optimizer is made; per optimizer step ``before_step``, then inside ``accumulating`` (with more
+    than one micro-batch) ``before_part`` and a forward and backward pass for each micro-batch,
+    then ``penalty``, then the optimizer's own step, then ``after_step`` and, where that changed
+    the model and a moving average is kept, ``carry_average``; ``evaluated``, ``measured`` and
+    ``metrics`` at each evaluation.
 
     A method keeps nothing between steps but what the step's number and the model's weights and
     buffers tell: a resumed run has only these. Several methods are one by
@@ -31,9 +65,14 @@ class Method:
 
     Attributes:
         advice: what may help where the loss is not finite, such as "raise lambda_".
+        pieces: each rank's share of a batch is cut into so many micro-batches, or a multiple of it.
     """
 
     advice: tuple[str, ...] = ()
+    pieces: int = 1
+
+    def prepare(self, setting: Setting) -> None:
+        """Called before ``apply``."""
 
     def apply(self, model: nn.Module) -> str | None:
         """Change the model in place before the optimizer exists; may say what was done."""
@@ -58,6 +97,9 @@ class Method:
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Called before the forward passes of optimizer step ``step``, counted from 0."""
+
+    def before_part(self, model: nn.Module, step: int, part: int, parts: int) -> None:
+        """Called before the forward pass of micro-batch ``part`` of so many, counted from 0."""
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """Context around all micro-batches of one optimizer step."""
@@ -85,9 +127,17 @@ class Method:
                 ``after_step``, and set its average here.
         """
 
-    def evaluated(self, model: nn.Module) -> Iterator[tuple[str, Predictor]]:
+    def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
         """What is evaluated: predictors with a tag each; the first one is the result."""
         yield "test", model
+
+    def measured(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Measure]]:
+        """What else is measured on the test images, with a tag each.
+
+        A measure takes images and their labels and gives numbers by name, one for each image; what
+        is logged is their mean. Called after ``evaluated``, on the same model.
+        """
+        return iter(())
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
         """(tag, value) pairs to log at each evaluation, tags under the method's name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from tract.methods.base import Method, Predictor
+from tract.methods.base import Measure, Method, Occasion, Predictor, Setting
 
 
 class Composed(Method):
@@ -38,6 +39,12 @@ class Composed(Method):
             raise ValueError("expected at least one method, got none.")
         self.parts = parts
         self.advice = tuple(dict.fromkeys(advice for part in parts.values() for advice in part.advice))
+        self.pieces = math.lcm(*(part.pieces for part in parts.values()))
+
+    def prepare(self, setting: Setting) -> None:
+        """All parts, one after the other."""
+        for part in self.parts.values():
+            part.prepare(setting)
 
     def apply(self, model: nn.Module) -> str | None:
         """Apply all; none may claim what another claims."""
@@ -82,6 +89,11 @@ class Composed(Method):
         for part in self.parts.values():
             part.before_step(model, step)
 
+    def before_part(self, model: nn.Module, step: int, part: int, parts: int) -> None:
+        """All parts, one after the other."""
+        for method in self.parts.values():
+            method.before_part(model, step, part, parts)
+
     @contextmanager
     def accumulating(self, model: nn.Module) -> Iterator[None]:
         """All parts' contexts, the first part's outermost."""
@@ -105,17 +117,22 @@ class Composed(Method):
         for part in self.parts.values():
             part.carry_average(before, after)
 
-    def evaluated(self, model: nn.Module) -> Iterator[tuple[str, Predictor]]:
+    def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
         """What the parts say is evaluated; the model itself where none says anything."""
         own = {name: part for name, part in self.parts.items() if type(part).evaluated is not Method.evaluated}
         taken = set()
         for name, part in own.items():
-            for tag, predictor in part.evaluated(model):
+            for tag, predictor in part.evaluated(model, occasion):
                 tag = f"{name}/{tag}" if tag in taken else tag
                 taken.add(tag)
                 yield tag, predictor
         if not own:
-            yield from super().evaluated(model)
+            yield from super().evaluated(model, occasion)
+
+    def measured(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Measure]]:
+        """Those of all parts."""
+        for part in self.parts.values():
+            yield from part.measured(model, occasion)
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
         """Those of all parts."""
