@@ -462,7 +462,14 @@ def validate(config: Config) -> None:
     """
     for key in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
         _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
-    for key in ("max_steps", "micro_batch", "mix_group", "eval_images", "overfit_batches"):
+    least = 0 if config.eval_start else 1  # no step at all: an evaluation of what it starts from
+    _require(
+        config.max_steps is None or config.max_steps >= least,
+        "max_steps",
+        f"at least {least} or null",
+        config.max_steps,
+    )
+    for key in ("micro_batch", "mix_group", "eval_images", "overfit_batches"):
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
     _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)

@@ -166,8 +166,9 @@ def _run_here(config: Config, debugger: bool) -> int:
 
             pdb.post_mortem()
         raise
-    measure = primary_metric(result).rpartition("/")[2]
-    figures = ", ".join(f"{tag} {value:.2f}" for tag, value in result["metrics"].items() if tag.count("/") == 1 and tag.endswith(measure))
+    measure = "/" + primary_metric(result).rpartition("/")[2]
+    whole = {tag: value for tag, value in result["metrics"].items() if tag.count("/") == 1}  # not of parts of a path
+    figures = ", ".join(f"{tag} {value:.2f}" for tag, value in whole.items() if tag.endswith(measure))
     if _is_first_rank():
         print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
     return 0

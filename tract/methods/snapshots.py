@@ -56,6 +56,9 @@ class SnapshotMethod(Method):
 
     def prepare(self, setting: Setting) -> None:
         """Find the steps of the snapshots."""
+        if not setting.steps:  # an evaluation of what an earlier run has left
+            self._at = list(range(self.count if self.epochs is None else len(self.epochs)))
+            return
         if self.epochs is None:
             first, rest = self.start * setting.steps, (1 - self.start) * setting.steps
             ends = [round(first + rest * (k + 1) / self.count) for k in range(self.count)]
