@@ -22,6 +22,17 @@ from tract.subspaces.paths import Path
 from tract.surgery import replace_module
 
 
+@torch.library.custom_op("tract::held", mutates_args=())
+def held(x: Tensor) -> Tensor:
+    """A copy that torch.compile leaves a copy; it takes a clone for the tensor itself, whatever becomes of that."""
+    return x.clone()
+
+
+@held.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 class SubspaceLayer(nn.Module):
     """What all subspace layers share; :func:`apply_subspace` makes them of plain ones.
 
@@ -44,7 +55,8 @@ class SubspaceLayer(nn.Module):
         if self.path.endpoints == 1:
             return self.weight, self.bias
         # A copy, since the backward pass needs these values also where the next forward pass has others.
-        shares = self.coefficients.clone().unbind()
+        copied = held(self.coefficients) if torch.compiler.is_compiling() else self.coefficients.clone()
+        shares = copied.unbind()
         return tuple(self._at(name, shares) if name in self.mixed else getattr(self, name) for name in _NAMES)
 
     def _at(self, name: str, shares: Sequence[Tensor]) -> Tensor:
