@@ -239,6 +239,13 @@ def test_endpoint_0_keeps_the_parameters_and_the_others_are_copies():
     assert "Curve" in str(networks[0])
 
 
+def test_endpoints_of_the_same_model_are_two():
+    model, other = small_net(), small_net()
+    apply_subspace(model, Curve(), [other, other])
+    assert torch.equal(model[0].weight1, model[0].weight2)
+    assert model[0].weight1 is not model[0].weight2
+
+
 def test_a_shared_bias_is_one_vector_for_linear_and_convolution_only():
     model, networks = subspace(Line(), shared_bias=True)
     assert {name for name, _ in model.named_parameters() if name.endswith("bias1")} == {"1.bias1", "4.bias1", "6.bias1"}

@@ -200,7 +200,7 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
             f"{type(model).__name__} with none; put a lone layer into nn.Sequential."
         )
     tables = [dict(other.named_modules()) for other in others]
-    memo: dict[int, nn.Parameter] = {}  # tied parameters have tied endpoints
+    memo: dict[tuple[int, int], nn.Parameter] = {}  # tied parameters have tied endpoints
     twins = []
     for name, layer in layers.items():
         mixed = tuple(n for n in _NAMES if n == "weight" or not (shared_bias and type(layer) in WITH_MATRIX))
@@ -210,10 +210,9 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
         for index, table in enumerate(tables, 1):
             for parameter in mixed:
                 value = _value(f"{name}.{parameter}", layer, table.get(name), index)
-                key = endpoint_name(parameter, index)
-                if id(value) not in memo:
-                    memo[id(value)] = _parameter(value.detach(), layer._parameters[parameter])
-                twin.register_parameter(key, memo[id(value)])
+                if (index, id(value)) not in memo:
+                    memo[index, id(value)] = _parameter(value.detach(), layer._parameters[parameter])
+                twin.register_parameter(endpoint_name(parameter, index), memo[index, id(value)])
         point = torch.tensor(path.coefficients(*path.midpoint()), dtype=torch.float64).to(layer.weight)
         twin.register_buffer("coefficients", point, persistent=False)
         twins.append((layer, twin))
