@@ -88,6 +88,11 @@ def test_coefficients_sum_to_one(path):
         assert sum(path.coefficients(*alpha)) == pytest.approx(1.0, abs=1e-15)
 
 
+def test_the_midpoint_of_a_simplex_is_as_far_from_all_corners():
+    for n in range(1, 6):
+        assert Simplex(n).coefficients(*Simplex(n).midpoint()) == pytest.approx([1 / n] * n)
+
+
 def test_a_curve_is_the_line_between_the_points_of_two_lines():
     """De Casteljau's construction of a quadratic Bezier curve; the control point is the last endpoint."""
     start, end, control = np.eye(3)
@@ -153,6 +158,11 @@ def test_a_line_goes_from_endpoint_0_to_endpoint_1():
         torch.testing.assert_close(model.eval()(images()), network.eval()(images()), rtol=0, atol=1e-14)
 
 
+def untracked(norm: nn.Module) -> nn.Module:
+    norm.track_running_stats = False
+    return norm
+
+
 LAYERS = {
     "linear": (lambda: nn.Linear(6, 4), (5, 6)),
     "linear without bias": (lambda: nn.Linear(6, 4, bias=False), (5, 3, 6)),
@@ -165,6 +175,7 @@ LAYERS = {
     "batchnorm2d": (lambda: nn.BatchNorm2d(4, eps=1e-3, momentum=0.3), (5, 4, 3, 2)),
     "batchnorm2d cumulative": (lambda: nn.BatchNorm2d(4, momentum=None), (5, 4, 3, 2)),
     "batchnorm2d of the batch": (lambda: nn.BatchNorm2d(4, track_running_stats=False), (5, 4, 3, 2)),
+    "batchnorm2d of the batch, later": (lambda: untracked(nn.BatchNorm2d(4)), (5, 4, 3, 2)),
     "batchnorm3d": (lambda: nn.BatchNorm3d(4), (3, 4, 2, 2, 2)),
     "layernorm": (lambda: nn.LayerNorm((3, 4)), (5, 3, 4)),
     "layernorm without bias": (lambda: nn.LayerNorm(4, bias=False), (5, 4)),
@@ -204,6 +215,7 @@ def test_a_simplex_with_one_corner_is_the_plain_model_byte_for_byte():
             optimizer.zero_grad()
             F.cross_entropy(one.train()(images(seed=step)), torch.arange(6) % 5).backward()
             optimizer.step()
+    assert model[0].point()[0] is model[0].weight  # no product with 1
     assert model.state_dict().keys() == plain.state_dict().keys()
     for name, value in plain.state_dict().items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -224,6 +236,13 @@ def test_endpoint_0_keeps_the_parameters_and_the_others_are_copies():
     assert [key for key in networks[0].state_dict() if key in keys] == keys
     assert isinstance(networks[0][0], nn.Conv2d)
     assert "Curve" in str(networks[0])
+
+
+def test_endpoints_of_the_same_model_are_two():
+    model, other = small_net(), small_net()
+    apply_subspace(model, Curve(), [other, other])
+    assert torch.equal(model[0].weight1, model[0].weight2)
+    assert model[0].weight1 is not model[0].weight2
 
 
 def test_a_shared_bias_is_one_vector_for_linear_and_convolution_only():
@@ -384,19 +403,32 @@ def test_hooks_stay():
 
 
 def test_new_coefficients_do_not_compile_anew():
+    torch.compiler.reset()
     model, _ = subspace(Curve())
+    twin = copy.deepcopy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     with torch._dynamo.config.patch(error_on_recompile=True):
         for alpha in (0.1, 0.5, 0.9):
-            set_coefficients(model, Curve().coefficients(alpha))
-            twin = copy.deepcopy(model)
-            output, expected = compiled(images()), twin(images())
-            torch.testing.assert_close(output, expected)
-            model.zero_grad()
-            output.square().sum().backward()
-            expected.square().sum().backward()
-            for one, other in zip(model.parameters(), twin.parameters(), strict=True):
-                torch.testing.assert_close(one.grad, other.grad)
+            for one in (model, twin):
+                set_coefficients(one, Curve().coefficients(alpha))
+            torch.testing.assert_close(compiled(images()), twin(images()))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_compiled_backward_pass_may_come_after_the_next_point(backend):
+    torch.compiler.reset()
+    model, _ = subspace(Line(), lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
+    twin, total = copy.deepcopy(model), 0.0
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    x = torch.randn(5, 4, dtype=torch.float64)
+    for alpha in (0.2, 0.9):
+        set_coefficients(model, Line().coefficients(alpha))
+        total = total + (compiled(x) ** 3).mean()
+        set_coefficients(twin, Line().coefficients(alpha))
+        (twin(x) ** 3).mean().backward()
+    total.backward()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_copies_and_pickles_compute_the_same():

@@ -22,6 +22,17 @@ from tract.subspaces.paths import Path
 from tract.surgery import replace_module
 
 
+@torch.library.custom_op("tract::held", mutates_args=())
+def held(x: Tensor) -> Tensor:
+    """A copy that torch.compile leaves a copy; it takes a clone for the tensor itself, whatever becomes of that."""
+    return x.clone()
+
+
+@held.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
 class SubspaceLayer(nn.Module):
     """What all subspace layers share; :func:`apply_subspace` makes them of plain ones.
 
@@ -44,7 +55,8 @@ class SubspaceLayer(nn.Module):
         if self.path.endpoints == 1:
             return self.weight, self.bias
         # A copy, since the backward pass needs these values also where the next forward pass has others.
-        shares = self.coefficients.clone().unbind()
+        copied = held(self.coefficients) if torch.compiler.is_compiling() else self.coefficients.clone()
+        shares = copied.unbind()
         return tuple(self._at(name, shares) if name in self.mixed else getattr(self, name) for name in _NAMES)
 
     def _at(self, name: str, shares: Sequence[Tensor]) -> Tensor:
@@ -188,7 +200,7 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
             f"{type(model).__name__} with none; put a lone layer into nn.Sequential."
         )
     tables = [dict(other.named_modules()) for other in others]
-    memo: dict[int, nn.Parameter] = {}  # tied parameters have tied endpoints
+    memo: dict[tuple[int, int], nn.Parameter] = {}  # tied parameters have tied endpoints
     twins = []
     for name, layer in layers.items():
         mixed = tuple(n for n in _NAMES if n == "weight" or not (shared_bias and type(layer) in WITH_MATRIX))
@@ -198,10 +210,9 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
         for index, table in enumerate(tables, 1):
             for parameter in mixed:
                 value = _value(f"{name}.{parameter}", layer, table.get(name), index)
-                key = endpoint_name(parameter, index)
-                if id(value) not in memo:
-                    memo[id(value)] = _parameter(value.detach(), layer._parameters[parameter])
-                twin.register_parameter(key, memo[id(value)])
+                if (index, id(value)) not in memo:
+                    memo[index, id(value)] = _parameter(value.detach(), layer._parameters[parameter])
+                twin.register_parameter(endpoint_name(parameter, index), memo[index, id(value)])
         point = torch.tensor(path.coefficients(*path.midpoint()), dtype=torch.float64).to(layer.weight)
         twin.register_buffer("coefficients", point, persistent=False)
         twins.append((layer, twin))
