@@ -333,7 +333,9 @@ def test_layers_can_be_at_points_of_their_own():
     model, _ = subspace(Line())
     generator = np.random.default_rng(3)
     draws = [Line().coefficients(*Line().draw(generator)) for _ in subspace_layers(model)]
+    buffers = [layer.coefficients for layer in subspace_layers(model)]
     set_coefficients_layerwise(model, draws)
+    assert all(layer.coefficients is buffer for layer, buffer in zip(subspace_layers(model), buffers, strict=True))
     for layer, draw in zip(subspace_layers(model), draws, strict=True):
         assert tuple(layer.coefficients.tolist()) == draw
         torch.testing.assert_close(layer.point()[0], draw[0] * layer.weight + draw[1] * layer.weight1)
@@ -496,6 +498,16 @@ def test_only_the_squared_cosine_loses_its_gradient_with_the_cosine():
         lengths[kind] = model[0].weight.grad.norm().item()
     assert lengths[absolute_cosine] == pytest.approx(1.0, rel=1e-3)
     assert lengths[squared_cosine] == pytest.approx(2e-4, rel=1e-3)
+
+
+@pytest.mark.parametrize("path", [Curve(), Simplex(3)], ids=str)
+def test_statistics_are_sums_over_a_curves_pairs_and_means_over_a_simplexes(path):
+    model, _ = subspace(path)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    cosines = sum(squared_cosine(model, *pair) for pair in pairs)
+    squares = sum(distance(model, *pair) ** 2 for pair in pairs)
+    by = 3 if isinstance(path, Simplex) else 1
+    torch.testing.assert_close(torch.stack(statistics(model)), torch.stack([cosines / by, (squares / by).sqrt()]))
 
 
 def test_statistics_of_one_network_are_zero():
