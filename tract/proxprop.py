@@ -284,8 +284,8 @@ class ProxPropLayer(Gathering):
             leaves = {name: part.to(wide).requires_grad_() for name, part in unpacked(vector).items()}
             with torch.enable_grad():
                 images = [self._image(leaves, inputs) for inputs in batches]
-            squares = [image.detach().double().square() for image in images]
-            squared = sum(s.reshape(-1, s.shape[-1]).sum(0) if per_unit else s.sum().view(1) for s in squares)
+            rows = [image.detach().reshape(-1, image.shape[-1] if per_unit else 1) for image in images]
+            squared = sum(torch.linalg.vector_norm(row, dim=0, dtype=torch.float64).square() for row in rows)
 
             def transposed() -> Tensor:
                 seeds = [image.detach() for image in images]
