@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 from scipy import ndimage
 
@@ -59,14 +57,13 @@ def test_the_change_grows_with_the_severity(name):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-@given(order=st.permutations(range(6)), cuts=st.sets(st.integers(1, 5)))
-@settings(deadline=None, max_examples=8)
-def test_an_image_depends_on_its_number_not_on_its_batch(name, order, cuts):
+def test_an_image_depends_on_its_number_not_on_its_batch(name):
     images, numbers = _images(6), [7, 0, 3, 10_000, 3, 8]
     whole = corrupted(images, numbers, name, 3, 1)
-    parts = np.split(np.array(order), sorted(cuts))
-    found = torch.cat([corrupted(images[part], [numbers[n] for n in part], name, 3, 1) for part in parts.copy()])
-    assert torch.equal(found, whole[list(order)])
+    for order, cuts in ((range(6), [1, 4]), ([4, 1, 5, 0, 3, 2], [2]), ([5, 4, 3, 2, 1, 0], [1, 2, 3, 4, 5])):
+        parts = np.split(np.array(order), cuts)
+        found = torch.cat([corrupted(images[part], [numbers[n] for n in part], name, 3, 1) for part in parts])
+        assert torch.equal(found, whole[list(order)])
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -185,17 +182,17 @@ def test_a_compressed_image_is_what_a_jpeg_file_gives(channels, tmp_path):
 
 
 def test_haze_lies_between_an_image_and_clouds_as_bright_as_its_brightest_pixel():
-    image = _images(1)[0]
+    image = _images(1)[0] // 2
     x, brightest = image.double() / 255, image.max().item() / 255
     found = [_one("haze", severity, image).double() / 255 for severity in (1, 5)]
     clouds = []
     for y, severity in zip(found, (1, 5), strict=True):
         weight = _degree("haze", severity) / (brightest + _degree("haze", severity))
         clouds.append((y - (1 - weight) * x) / (weight * brightest))
-    assert (clouds[0] - clouds[1]).abs().max() < 0.03  # the same ones, and in all channels
-    assert (clouds[1] - clouds[1][:1]).abs().max() < 0.01
-    assert clouds[1].min().item() == pytest.approx(0, abs=0.01)
-    assert clouds[1].max().item() == pytest.approx(1, abs=0.01)
+    assert (clouds[0] - clouds[1]).abs().max() < 0.06  # the same ones, and in all channels
+    assert (clouds[1] - clouds[1][:1]).abs().max() < 0.02
+    assert clouds[1].min().item() == pytest.approx(0, abs=0.02)
+    assert clouds[1].max().item() == pytest.approx(1, abs=0.02)
     assert clouds[1][0].diff(dim=1).abs().mean() < 0.5 * clouds[1].std()  # 1.1 for pixels on their own
 
 
