@@ -41,7 +41,7 @@ COMPONENTS = ("model", "data", "optim", "schedule", "method")
 GROUPS = ("stage", *COMPONENTS, "debug")
 # Options that came when runs had been made without them. At these values they are left out of a configuration, so that
 # such a run is found under its name.
-_LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0}}
+_LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0, "corruption": None, "severity": None}}
 _LATER_ABOVE = {"eval_train": False, "eval_start": False, "validation_images": 0, "validation_from": "spread"}
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 

@@ -58,7 +58,7 @@ def test_new_labels_are_uniform_whatever_the_old_ones_were():
 def test_the_labels_go_to_the_images_in_the_order_that_was_drawn():
     class Given:
         permutation = staticmethod(lambda n: np.array([4, 0, 3, 1, 2]))
-        integers = staticmethod(lambda classes, size: np.array([7, 8, 9, 5, 6]))
+        integers = staticmethod(lambda classes, size: np.array([7, 8, 9, 5, 6])[:size])
 
     assert noisy_labels(np.array([1, 2, 3, 4, 5]), 0.6, 10, Given()).tolist() == [8, 2, 3, 9, 7]
 
@@ -132,6 +132,11 @@ def test_images_of_folders_stay_what_they_are(kind, tmp_path):
         assert torch.equal(((images[:, 0, 0, 0] * 0.5 + 0.5) * 255).round().long(), labels)
 
 
+def test_no_share_of_labels_is_refused():
+    with pytest.raises(ValueError, match=r"a rate of wrong labels in \[0, 1\], got 2"):
+        noisy_labels(np.zeros(3), 2, 10, _generator())
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -154,6 +159,7 @@ CLASSIFIED = [name for name in choices_of("data") if name != "voc2007"]
 @pytest.mark.parametrize("name", CLASSIFIED)
 def test_every_data_set_in_classes_takes_it_and_runs_without_it_keep_their_names(name, tmp_path):
     choice = {"data": name} | ({"data.root": str(tmp_path)} if name == "imagefolder" else {})
+    choice |= {"data.corruption": "fog", "data.severity": 3} if name == "imagenet_c" else {}
     plain, zero, noisy, other = (
         compose_config("cifar_resnet", choice | change)
         for change in ({}, {"data.label_noise": 0}, {"data.label_noise": 0.2}, {"data.label_noise_seed": 1})

@@ -19,6 +19,7 @@ from runfolder.folder import typed
 
 _SYNSET = re.compile(r"n\d{8}")
 _SAMPLES = 4  # images of each split that are decoded at the start
+_VAL = "val"
 _UNPACKED = "ILSVRC/Data/CLS-LOC"  # where some archives of ImageNet have train/ and val/
 
 
@@ -49,6 +50,11 @@ class ImageNet(ImageOptions, Source):
             if value is not None and value < 1:
                 raise UserError(f"expected data.{key} to be at least 1, got {value}.")
 
+    @property
+    def tested(self) -> str:
+        """The folder, beside train/, of the images for testing."""
+        return _VAL
+
     def load(self) -> ImageData:
         """List the images, and decode some of them.
 
@@ -58,14 +64,14 @@ class ImageNet(ImageOptions, Source):
         base = typed(self.root).absolute()
         try:
             packed = (base / INDEX).is_file()
-            names, train, test = _packed(base) if packed else _folders(base)
+            names, train, test = _packed(base, self.tested) if packed else _folders(base, self.tested)
         except OSError as error:
             raise UserError(
                 f"expected folders that can be read in data.root={base}, got: {error.strerror} ({error.filename})."
             ) from None
         _check_classes(base, names, self.classes)
         _check_count(base, "train", names, train, "train_images", self.train_images)
-        _check_count(base, "val", names, test, "test_images", self.test_images)
+        _check_count(base, self.tested, names, test, "test_images", self.test_images)
         for split in (train, test):
             for index in np.unique(np.linspace(0, len(split) - 1, _SAMPLES).astype(int)).tolist():
                 split.image(index)
@@ -76,7 +82,35 @@ class ImageNet(ImageOptions, Source):
         """Nothing: it cannot be downloaded, and to look at it takes long."""
 
 
-def _packed(base: Path) -> tuple[list[str], Split, Split]:
+@dataclass(frozen=True, kw_only=True)
+class ImageNetC(ImageNet):
+    """ImageNet's images for training, those of ImageNet-C (Hendrycks and Dietterich, arXiv 1903.12261) for testing.
+
+    ``root`` has train/, or is a copy by ``tools/shard_images.py``; in either there are ImageNet-C's folders
+    ``CORRUPTION/SEVERITY/n01440764/`` too.
+
+    Attributes:
+        corruption: the name of a folder in ``root``.
+        severity: 1 to 5, that of a folder in there.
+    """
+
+    corrupted_files = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.corruption is None or self.severity is None:
+            raise UserError(
+                "expected data.corruption=NAME and data.severity=NUMBER for a folder of ImageNet-C, got "
+                f"{self.corruption} and {self.severity}."
+            )
+
+    @property
+    def tested(self) -> str:
+        """ImageNet-C's folder of this corruption and severity."""
+        return f"{self.corruption}/{self.severity}"
+
+
+def _packed(base: Path, tested: str) -> tuple[list[str], Split, Split]:
     about, shards = open_shards(base)
     settings = about["settings"]
     made_by = "" if settings["size"] == 0 else f"shorter side {settings['size']}, quality {settings['quality']}"
@@ -84,36 +118,43 @@ def _packed(base: Path) -> tuple[list[str], Split, Split]:
         Split(torch.from_numpy(shards[split].fields["label"]).long(), shards=shards[split], made_by=made_by)
         for split in ("train", "val")
     )
-    return about["classes"], train, test
+    return about["classes"], train, test if tested == _VAL else _listed(base, tested, about["classes"])
 
 
-def _folders(base: Path) -> tuple[list[str], Split, Split]:
+def _folders(base: Path, tested: str) -> tuple[list[str], Split, Split]:
     inside, others = list_folder(base) if base.is_dir() else ([], ["no such folder"])
-    if "train" not in inside or "val" not in inside:
+    if "train" not in inside or not (base / tested).is_dir():
         cure = "give data.root=DIR with both; experiments/tools/shard_images.py makes a sharded copy"
         for deeper in (base / _UNPACKED, *(base / name for name in inside[:20])):
-            if (deeper / "train").is_dir() and (deeper / "val").is_dir():
+            if (deeper / "train").is_dir() and (deeper / tested).is_dir():
                 cure = f"give data.root={deeper}"
         if (base / "parts").is_dir():
             cure = (
                 "this is a sharded copy that is not whole: run experiments/tools/shard_images.py again to complete it"
             )
         raise UserError(
-            f"expected train/ and val/ with one folder per class, or a sharded copy, in data.root={base}, "
+            f"expected train/ and {tested}/ with one folder per class, or a sharded copy, in data.root={base}, "
             f"got {_some([*inside, *others])}; {cure}."
         )
-    train, val = (_synsets(base / split) for split in ("train", "val"))
-    if train != val:
-        only = [f"{name} only in {'train' if name in train else 'val'}/" for name in sorted({*train} ^ {*val})]
+    names = _synsets(base / "train")
+    return names, _listed(base, "train", names), _listed(base, tested, names)
+
+
+def _listed(base: Path, part: str, names: list[str]) -> Split:
+    """The images of the classes of train/ in a folder that has these and no others."""
+    there = _synsets(base / part)
+    if there != names:
+        only = [f"{name} only in {'train' if name in names else part}/" for name in sorted({*names} ^ {*there})]
         raise UserError(
-            f"expected the same class folders in train/ and val/ of {base}, got {_some(only)}; complete or remove them."
+            f"expected the same class folders in train/ and {part}/ of {base}, got {_some(only)}; complete or remove "
+            "them."
         )
-    listings = (list_images(base / split, train) for split in ("train", "val"))
-    return train, *(Split(torch.from_numpy(listing.labels), files=listing) for listing in listings)
+    listing = list_images(base / part, names)
+    return Split(torch.from_numpy(listing.labels), files=listing, made_by="" if part in ("train", _VAL) else part)
 
 
 def _synsets(folder: Path) -> list[str]:
-    """The class folders in train/ or val/, where there is nothing else."""
+    """The class folders in train/, val/ or the like, where there is nothing else."""
     inside, others = list_folder(folder)
     images = [name for name in others if name.lower().endswith((".jpeg", ".jpg", ".png"))]
     archives = [name for name in others if name.endswith(".tar")]
@@ -155,7 +196,7 @@ def _check_count(base: Path, split: str, names: list[str], images: Split, key: s
     if empty:
         raise UserError(
             f"expected images in every class of {base / split}, got none in {_some(empty)}; "
-            "unpack them again, or remove these classes from train/ and val/."
+            "unpack them again, or remove these classes everywhere."
         )
     if expected not in (None, len(images)):
         least = int(counts.argmin())

@@ -15,6 +15,7 @@ from torch.utils.data import default_collate
 
 from experiments.data.augment import ONE_BY_ONE, normalise
 from experiments.data.base import Data, Request, Samples
+from experiments.data.corruptions import corrupted
 from experiments.data.decode import Spare, decode, decode_file
 from experiments.data.draws import Draws, plain
 from experiments.data.label_noise import noisy_labels
@@ -132,12 +133,13 @@ class ImageSamples(Samples):
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         name, epoch, samples = request
         split, options = getattr(self.data, name), self.data.options
-        readers = [partial(split.image, sample % len(split)) for sample in samples]
+        numbers = [sample % len(split) for sample in samples]
+        readers = [partial(split.image, number) for number in numbers]
         if epoch is None:
-            images = [plain(read, options) for read in readers]
+            images = default_collate([plain(read, options) for read in readers])
         else:
-            images = list(map(self._draws_of(epoch).augmented_one, readers, samples))
-        return default_collate(images), split.labels[torch.tensor(samples) % len(split)]
+            images = default_collate(list(map(self._draws_of(epoch).augmented_one, readers, samples)))
+        return _as_tested(images, numbers, options) if name == "test" else images, split.labels[numbers]
 
     def ready(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """On the device, its images normalised."""
@@ -166,8 +168,9 @@ class ImagesInMemory(ImageSamples):
 
     def __init__(self, data: ImageData, seed: int, repeats: int, device: torch.device):
         super().__init__(data, seed, repeats, device)
-        splits = {"train": data.train, "test": data.test}
-        self._kept = {name: (split.images.to(device), split.labels.to(device)) for name, split in splits.items()}
+        tested = _as_tested(data.test.images, range(len(data.test)), data.options)
+        parts = {"train": (data.train.images, data.train.labels), "test": (tested, data.test.labels)}
+        self._kept = {name: (images.to(device), labels.to(device)) for name, (images, labels) in parts.items()}
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         name, epoch, numbers = request
@@ -176,6 +179,13 @@ class ImagesInMemory(ImageSamples):
         index = (samples % len(images)).to(self.device)
         batch = images[index]
         return batch if epoch is None else self._draws_of(epoch).augmented(batch, samples), labels[index]
+
+
+def _as_tested(images: Tensor, numbers: Sequence[int], options: ImageOptions) -> Tensor:
+    """Test images of these numbers, with the corruption that is asked for: the same ones in every run."""
+    if options.corruption is None or options.corrupted_files:
+        return images
+    return corrupted(images, numbers, options.corruption, options.severity, seed=0)
 
 
 @cache

@@ -19,10 +19,15 @@ def noisy_labels(labels: np.ndarray, rate: float, classes: int, generator: np.ra
 
     Returns:
         A new array, (n,), of the same type.
+
+    Raises:
+        ValueError: another rate.
     """
+    if not 0 <= rate <= 1:
+        raise ValueError(f"expected a rate of wrong labels in [0, 1], got {rate}.")
     order = generator.permutation(len(labels))
     drawn = generator.integers(classes, size=len(labels))
     count = int(len(labels) * rate)
-    noisy = labels.copy()
+    noisy = np.array(labels)
     noisy[order[:count]] = drawn[:count]
     return noisy

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from experiments.data.augment import IN_BATCHES, ONE_BY_ONE
+from experiments.data.corruptions import require_corruption
 from runfolder.errors import UserError
 
 
@@ -26,7 +28,12 @@ class ImageOptions:
             decide.
         label_noise: share of the training images whose labels are drawn at random.
         label_noise_seed: decides which images, and their labels.
+        corruption: of the test images, see `corruptions.py`; None leaves them as they are.
+        severity: of the corruption, 1 to 5 (0 leaves them as they are).
     """
+
+    # Whether the source's test images are corrupted already, so that corruption and severity only say which these are.
+    corrupted_files: ClassVar[bool] = False
 
     image_size: int | None = None
     augment: str
@@ -40,6 +47,8 @@ class ImageOptions:
     in_memory: bool | None = None
     label_noise: float = 0.0
     label_noise_seed: int = 0
+    corruption: str | None = None
+    severity: int | None = None
 
     def __post_init__(self):
         known = (*IN_BATCHES, *ONE_BY_ONE)
@@ -59,3 +68,9 @@ class ImageOptions:
             raise UserError(f"expected data.label_noise to be 0 to 1, got {self.label_noise:g}.")
         if self.label_noise_seed < 0:
             raise UserError(f"expected data.label_noise_seed to be 0 or more, got {self.label_noise_seed}.")
+        if self.corrupted_files:
+            return
+        if self.corruption is not None:
+            require_corruption(self.corruption, self.severity)
+        elif self.severity is not None:
+            raise UserError(f"expected data.corruption=NAME with data.severity={self.severity}, got null.")
