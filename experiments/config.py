@@ -35,6 +35,7 @@ from runfolder.failures import FailureKind
 from runfolder.files import write_atomically
 from runfolder.folder import RunFolder
 from runfolder.plain_yaml import read_yaml, write_yaml
+from runfolder.records import is_number
 
 CONF = Path(__file__).parent / "conf"
 COMPONENTS = ("model", "data", "optim", "schedule", "method")
@@ -530,10 +531,10 @@ def _parameters_of(target: str) -> Mapping[str, inspect.Parameter]:
 def _accepts(annotation: Any, value: Any) -> bool:
     checks = {
         "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": _is_number(value),
+        "float": is_number(value),
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
-        "list": isinstance(value, list) and all(map(_is_number, value)),
+        "list": isinstance(value, list) and all(map(is_number, value)),
         "None": value is None,
     }
     return any(checks.get(option, True) for option in _options(annotation))
@@ -556,10 +557,6 @@ def _options(annotation: Any) -> list[str]:
     text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
     options = (option.strip() for option in re.sub(r"(list|tuple)(\[.*?\])?", "list", text).split("|"))
     return [option for option in options if option != "torch.Tensor"]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def choices_of(group: str) -> list[str]:
