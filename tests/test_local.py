@@ -213,8 +213,7 @@ def wait_until(condition, process: subprocess.Popen | None = None) -> None:
 
 def test_resume_continues_exactly_that_folder(tmp_path):
     choice = [*TINY, "model=resnet_small", "seed=5", f"runtime.runs={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(*choice, "runtime.deadline_minutes=0.0001"), env=environment, check=False)
+    assert quickstart(*choice, "runtime.deadline_minutes=0.0001") == 75
     (folder,) = run_folders(tmp_path)
     assert not (folder / "result.json").exists()
     assert quickstart("--resume", str(folder)) == 0
