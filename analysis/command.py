@@ -4,35 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
-from typing import NoReturn
+from collections.abc import Callable
 
 from analysis.cache import Cache, default_folder
-from runfolder.errors import EXIT_BAD_INPUT, UserError, nearest
+from runfolder.errors import EXIT_BAD_INPUT, Parser, UserError
 from runfolder.folder import typed
 from runfolder.printing import print_any_name, printable, reader_has_left
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are :class:`UserError`, with the nearest flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Refuse a value."""
-        raise UserError(f"{message}; --help shows the flags.")
-
-    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
-        """As ``parse_args``.
-
-        Raises:
-            UserError: an unknown flag or a bad value.
-        """
-        options, unknown = self.parse_known_args(arguments)
-        for word in unknown:
-            raise UserError(f"unknown flag {word}; {nearest(word, self._option_string_actions)}.")
-        return options
 
 
 def add_cache_flags(parser: Parser) -> None:

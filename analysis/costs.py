@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from analysis.comparison import hardware_of
 from analysis.load import Run
+from runfolder.records import is_number
 from runfolder.tags import EPOCH_SECONDS
 
 
@@ -65,7 +66,7 @@ def _whole_seconds(run: Run) -> float | None:
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
+    return is_number(value) and math.isfinite(value) and value >= 0
 
 
 def _ranks(run: Run) -> list[int | None]:

@@ -28,14 +28,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
+from analysis.command import add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Row, Table
 from analysis.drawing import EARLY, bottom, curve_of, in_style, mean_line, nth_style, target_of, write
 from analysis.grouping import plain
 from analysis.paper_figures import ALL, draw_figure, figure_names, runs_for
 from analysis.tables import EXIT_NAMED, tables_of
 from runfolder import tags
-from runfolder.errors import UserError
+from runfolder.errors import Parser, UserError
 from runfolder.folder import typed
 
 _PANEL = (3.6, 2.8)  # inches

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from runfolder import naming
+from runfolder.records import is_number
 
 ABSENT = "–"  # a setting that this configuration does not have
 _NOT_SETTINGS = ("experiment", "seed", "runtime", "method")
@@ -134,8 +135,4 @@ def plain(value: Any) -> str:
 
 def natural_order(values: Iterable[Any]) -> tuple[tuple[int, float, str], ...]:
     """A sort key for settings of mixed types: numbers by size, then words."""
-    return tuple((0, float(v), "") if _is_number(v) else (1, 0.0, plain(v)) for v in values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return tuple((0, float(v), "") if is_number(v) else (1, 0.0, plain(v)) for v in values)

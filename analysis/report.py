@@ -26,7 +26,7 @@ from pathlib import Path
 from matplotlib import pyplot as plt
 
 from analysis.cache import Cache
-from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
+from analysis.command import add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Cell, Row, Table, commit_of, hardware_of, torch_of
 from analysis.costs import Cost, cost_of, device_hours
 from analysis.curves import MOST_POINTS, packed
@@ -47,9 +47,10 @@ from analysis.rendering import (
     readable_p,
 )
 from analysis.tables import tables_from
-from runfolder.errors import UserError
+from runfolder.errors import Parser, UserError
 from runfolder.failures import cure_of
 from runfolder.folder import RunFolder, typed
+from runfolder.records import is_number
 
 _RUN_COLUMNS = (
     "Run",
@@ -217,7 +218,7 @@ def _entries(table: Table, row: Row, numbers: dict[RunFolder, int]) -> list[Entr
 
 
 def _number_or_none(value: object) -> float | None:
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if is_number(value) else None
 
 
 def _links(cell: Cell, metric: str, numbers: dict[RunFolder, int]) -> tuple[Link, ...]:

@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis.cache import Cache
-from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
+from analysis.command import add_cache_flags, chosen_cache, exit_code
 from analysis.comparison import Table, build_table
 from analysis.explain import explain, find, numbers_of
 from analysis.load import Run, load_runs
@@ -35,7 +35,7 @@ from analysis.paper import RUNTIME, PaperTable, build_paper_table, runs_of, tabl
 from analysis.paper_rendering import render_paper
 from analysis.paper_runtime import build_runtime_table
 from analysis.rendering import render
-from runfolder.errors import UserError, nearest
+from runfolder.errors import Parser, UserError, nearest
 from runfolder.folder import typed
 from runfolder.printing import printable
 from runfolder.tags import primary_metric

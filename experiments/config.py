@@ -27,7 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, OverrideParseException
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, ListConfig, Node, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from runfolder import naming
 from runfolder.errors import UserError, nearest
@@ -35,6 +35,7 @@ from runfolder.failures import FailureKind
 from runfolder.files import write_atomically
 from runfolder.folder import RunFolder
 from runfolder.plain_yaml import read_yaml, write_yaml
+from runfolder.records import is_number
 
 CONF = Path(__file__).parent / "conf"
 COMPONENTS = ("model", "data", "optim", "schedule", "method")
@@ -247,9 +248,10 @@ def compose_config(experiment: str, overrides: dict[str, Any]) -> Config:
         tree = _with_methods(experiment, choices, list(choices["method"]))
     else:
         tree = _chosen(experiment, choices)
+    known = _flat_keys(tree)
     for key, value in overrides.items():
         if key not in GROUPS:
-            _set(tree, key, value)
+            _set(tree, key, value, known)
     config = from_tree(tree)
     if config.start_from is not None and "?" in config.start_from:
         config.start_from = _run_by_choices(experiment, overrides, config.start_from)
@@ -302,19 +304,19 @@ def _run_by_choices(experiment: str, overrides: dict[str, Any], query: str) -> s
 
 
 def from_tree(tree: DictConfig | dict) -> Config:
-    """A :class:`Config` from a composed tree or the content of a ``config.yaml``.
+    """A :class:`Config` from a composed tree, which is used up, or from the content of a ``config.yaml``.
 
     Raises:
         UserError: unknown keys, missing or bad values.
     """
     try:
-        merged = OmegaConf.merge(_schema(), tree)  # which copies it
-        for key in OmegaConf.missing_keys(merged):
-            raise UserError(f"expected a value for {key}, got none; give {key}=VALUE.")
-        OmegaConf.resolve(merged)
-        merged.recipe = {}
-        config = OmegaConf.to_object(merged)
+        tree = tree if isinstance(tree, DictConfig) else OmegaConf.merge(_schema(), tree)
+        OmegaConf.resolve(tree)
+        tree.recipe = {}
+        config = OmegaConf.to_object(tree)
         _name_folders(config)
+    except MissingMandatoryValue as error:
+        raise UserError(f"expected a value for {error.full_key}, got none; give {error.full_key}=VALUE.") from None
     except OmegaConfBaseException as error:
         if (refusal := _refusal_of_resolver(error)) is not None:
             raise refusal from None
@@ -563,10 +565,10 @@ def _parameters_of(target: str) -> Mapping[str, inspect.Parameter]:
 def _accepts(annotation: Any, value: Any) -> bool:
     checks = {
         "int": isinstance(value, int) and not isinstance(value, bool),
-        "float": _is_number(value),
+        "float": is_number(value),
         "bool": isinstance(value, bool),
         "str": isinstance(value, str),
-        "list": isinstance(value, list) and all(map(_is_number, value)),
+        "list": isinstance(value, list) and all(map(is_number, value)),
         "None": value is None,
     }
     return any(checks.get(option, True) for option in _options(annotation))
@@ -591,10 +593,6 @@ def _options(annotation: Any) -> list[str]:
     return [option for option in options if option != "torch.Tensor"]
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def choices_of(group: str) -> list[str]:
     """The names that ``group=NAME`` takes."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
@@ -617,8 +615,7 @@ def _compose_groups(conf: Path, experiment: str, choices: tuple[tuple[str, str],
     return tree
 
 
-def _set(tree: DictConfig, key: str, value: Any) -> None:
-    known = _flat_keys(tree)
+def _set(tree: DictConfig, key: str, value: Any, known: set[str]) -> None:
     if key not in known:
         raise UserError(f"unknown key {key}; {nearest(key, {*known, *GROUPS})}.")
     try:

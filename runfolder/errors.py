@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from runfolder.failures import FailureKind
 
@@ -50,3 +52,25 @@ def nearest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(word, known, n=3, cutoff=0.5) or known[:8]
     return f"nearest: {', '.join(close)}" if close else "there are none"
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are :class:`UserError`; flags are written out."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse a value."""
+        raise UserError(f"{message}; --help shows the flags.")
+
+    def parse(self, arguments: Sequence[str] | None) -> argparse.Namespace:
+        """The options; flags may stand between words.
+
+        Raises:
+            UserError: an unknown flag, with the nearest ones, or a bad value.
+        """
+        options, unknown = self.parse_known_intermixed_args(arguments)
+        for word in unknown:
+            raise UserError(f"unknown flag {word}; {nearest(word, self._option_string_actions)}.")
+        return options

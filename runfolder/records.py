@@ -147,7 +147,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if isinstance(kind, UnionType):
         return any(_fits(value, option) for option in get_args(kind))
     if kind in (int, float):
-        return _is_number(value) and (kind is float or isinstance(value, int))
+        return is_number(value) and (kind is float or isinstance(value, int))
     if is_typeddict(kind):
         return isinstance(value, dict) and all(
             _fits(value[key], own) for key, own in _types_of(kind).items() if key in value
@@ -190,15 +190,16 @@ def disagreeing(metrics: Mapping[str, Any], logged: Mapping[str, float | None]) 
         metrics: those of a result, as read: any value may be there.
         logged: the value of each at the final epoch in the events; None where there is none.
     """
-    compared = [tag for tag, value in metrics.items() if tags.is_test(tag) or _is_number(value)]
+    compared = [tag for tag, value in metrics.items() if tags.is_test(tag) or is_number(value)]
     return sorted(tag for tag in compared if not tags.counts_steps(tag) and not _is_same(logged.get(tag), metrics[tag]))
 
 
 def _is_same(logged: float | None, said: Any) -> bool:
-    if logged is None or not _is_number(said):
+    if logged is None or not is_number(said):
         return False
     return math.isclose(logged, said, rel_tol=_SAME, abs_tol=1e-9) or (math.isnan(logged) and math.isnan(said))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value from a file is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -8,7 +8,7 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from experiments.config import (
     OF_ONE_START,
@@ -31,6 +31,7 @@ from runfolder.errors import (
     EXIT_BUSY,
     EXIT_INTERRUPTED,
     EXIT_TRY_AGAIN,
+    Parser,
     RunBusyError,
     TrainingFailedError,
     UserError,
@@ -90,11 +91,6 @@ def _leave(code: int, sentence: str) -> int:
 
 def _is_first_rank() -> bool:
     return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows the flags.")
 
 
 def _dispatch(experiment: str, grid: str, options: argparse.Namespace) -> int:
@@ -216,7 +212,7 @@ def _jobs(values: list) -> int:
 
 
 def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=f"python experiments/{experiment}.py",
         description=description,
         epilog=textwrap.fill(
@@ -231,7 +227,6 @@ def _parser(experiment: str, description: str, grid: str) -> argparse.ArgumentPa
             break_on_hyphens=False,
         ),
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="for example seed=1 method=tract method.lambda_=0.05"

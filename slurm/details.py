@@ -10,7 +10,7 @@ from pathlib import Path
 from runfolder.folder import RunFolder, relative
 from runfolder.states import LIVE, State
 from slurm import ledger
-from slurm.facts import Run, facts, is_number, logs_of_job, text
+from slurm.facts import Run, facts, is_finite, logs_of_job, text
 from slurm.ledger import Entry
 from slurm.overview import command_line, span
 from slurm.tail import last_lines, output_of
@@ -32,7 +32,7 @@ def details(entry: Entry, options: argparse.Namespace) -> list[str]:
 
 def _head(entry: Entry, run: Run) -> list[str]:
     unknown = "?" if run["damaged"] else "-"
-    values = {key: round(value, 2) if is_number(value) else unknown for key, value in run.items()}
+    values = {key: round(value, 2) if is_finite(value) else unknown for key, value in run.items()}
     progress = f"step {values['step']} of {values['steps']}, epoch {values['epoch']} of {values['epochs']}"
     speed = [f"{run['primary_metric'] or 'value'} {values['value']}"]
     speed += [f"{run['images_per_second']:.0f} images/s"] if run["images_per_second"] is not None else []
@@ -68,10 +68,10 @@ def _attempts(entry: Entry) -> list[str]:
         began = None if last else attempts[number].get("from_step")
         if last and entry.state not in (State.running, State.finished):
             began = entry.folder.last_step()
-        lost = max(0, reached - began) if is_number(reached) and is_number(began) else None
+        lost = max(0, reached - began) if is_finite(reached) and is_finite(began) else None
         total += lost or 0
         outcome = attempt.get("outcome") or ("running" if last and entry.state == State.running else "cut off")
-        again = f" (start {attempt['restart'] + 1})" if is_number(attempt.get("restart")) else ""
+        again = f" (start {attempt['restart'] + 1})" if is_finite(attempt.get("restart")) else ""
         job = f"{attempt['job']}{again}" if attempt.get("job") else None
         steps = (attempt.get("from_step"), reached, attempt.get("saved_step"), lost)
         times = (attempt.get("started"), attempt.get("ended"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from runfolder.folder import relative
+from runfolder.records import is_number
 from runfolder.states import State, is_cancelled
 from runfolder.tickets import modified, now_in
 from slurm.ledger import Entry
@@ -24,7 +25,7 @@ def facts(entry: Entry) -> Run:
     source, values, damaged = _told_figures(entry), {}, False
     for key in ("step", "steps", "epoch", "epochs", "value", "images_per_second", "seconds_left", "seconds"):
         value = source.get(key)
-        values[key] = value if is_number(value) else None
+        values[key] = value if is_finite(value) else None
         damaged |= value is not None and values[key] is None
     if entry.state != State.running:
         values |= {"images_per_second": None, "seconds_left": None}
@@ -38,7 +39,7 @@ def facts(entry: Entry) -> Run:
         "state": entry.state,
         **values,
         "primary_metric": text(source.get("primary_metric")),
-        "attempts": entry.attempts or (source["attempts"] if is_number(source.get("attempts")) else 0),
+        "attempts": entry.attempts or (source["attempts"] if is_finite(source.get("attempts")) else 0),
         "node": _node_of(entry, failure),
         "job": entry.job.id if entry.job else None,
         "submission": text(entry.claim.get("submission")),
@@ -116,9 +117,9 @@ def logs_of_job(entry: Entry) -> list[Path]:
     return sorted(jobs.glob(f"{job}_*_log.*")) or ([jobs] if jobs.is_dir() else [])
 
 
-def is_number(value: object) -> bool:
+def is_finite(value: object) -> bool:
     """Whether a value from a file is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e15  # finite
+    return is_number(value) and abs(value) < 1e15
 
 
 def text(value: object) -> str | None:

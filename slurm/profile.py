@@ -18,6 +18,7 @@ import yaml
 
 from runfolder.errors import UserError, nearest
 from runfolder.folder import typed
+from runfolder.records import is_number
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "experiments" / "conf" / "cluster"
@@ -74,7 +75,7 @@ _TYPES = {f.name: [option.strip() for option in f.type.split("|")] for f in fiel
 _KINDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a word", lambda value: isinstance(value, str)),
     "int": ("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "float": ("a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    "float": ("a number", is_number),
     "list[str]": ("a list of shell lines", lambda value: isinstance(value, list) and _all_words(value)),
     "dict[str, Any]": ("options as {name: value}", lambda value: isinstance(value, dict) and _all_words(value)),
     "Scheduler": (" or ".join(Scheduler), lambda value: isinstance(value, str) and value in list(Scheduler)),

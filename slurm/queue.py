@@ -47,11 +47,6 @@ class Partition:
     max_minutes: int | None  # None: no limit
 
 
-def available() -> bool:
-    """Whether Slurm's commands are there; whether its controller answers is another question."""
-    return not missing_commands()
-
-
 def missing_commands() -> list[str]:
     """The commands that submitting and watching need and that are not there."""
     return [name for name in _COMMANDS if shutil.which(name) is None]

@@ -25,9 +25,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TRY_AGAIN, UserError, nearest
+from runfolder.errors import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_TRY_AGAIN, Parser, UserError, nearest
 from runfolder.files import read_json, write_json
 from runfolder.folder import RunFolder, relative, typed
 from runfolder.printing import printable
@@ -94,11 +94,6 @@ def main(arguments: list[str] | None = None) -> int:
 # -- the command line -------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help shows the flags.")
-
-
 def _verb(arguments: list[str]) -> tuple[str, list[str]]:
     """The command and the rest: the first word that is no flag and no flag's value, if it is a command."""
     before = ""
@@ -111,26 +106,22 @@ def _verb(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def _parsed(verb: str, arguments: list[str]) -> argparse.Namespace:
-    parser = _parser(verb)
-    options, unknown = parser.parse_known_intermixed_args(arguments)
-    for word in unknown:
-        raise UserError(f"unknown flag {word}; {nearest(word, parser._option_string_actions)}.")
+    options = _parser(verb).parse(arguments)
     options.verb = verb
     return options
 
 
-def _parser(verb: str) -> _Parser:
+def _parser(verb: str) -> Parser:
     script, others = "python slurm/status.py", [name for name in _VERBS if name != "list"]
     about = _VERBS[verb]
     if verb == "list":
         about += f".\n\n{script} COMMAND --help shows the flags of the other commands:\n"
         about += "\n".join(f"  {name:<7} {_VERBS[name]}" for name in others)
-    parser = _Parser(
+    parser = Parser(
         prog=script if verb == "list" else f"{script} {verb}",
         description=about[0].upper() + about[1:],
         epilog=_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
     parser.add_argument("--experiment", metavar="NAME", help="only this one (default: all)")
@@ -138,7 +129,7 @@ def _parser(verb: str) -> _Parser:
     return parser
 
 
-def _add_flags(parser: _Parser, verb: str) -> None:
+def _add_flags(parser: Parser, verb: str) -> None:
     if verb in ("list", "watch"):
         what = "only runs with this in their name, a pattern with *, or a run folder"
         parser.add_argument("words", nargs="*", metavar="MATCH", help=what)

@@ -24,3 +24,10 @@ def _nothing_is_kept_at_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def voc(tmp_path_factory):
+    from tests.voc_folder import write_voc
+
+    return write_voc(tmp_path_factory.mktemp("voc"), train=6, test=5)

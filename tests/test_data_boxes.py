@@ -9,21 +9,12 @@ import torch
 import torchvision
 
 from experiments.data.batches import Batches, fingerprint
-from experiments.data.boxes import BoxSamples, Voc2007, mirrored
+from experiments.data.boxes import BoxSamples, mirrored
 from experiments.ranks import Ranks
 from runfolder.errors import UserError
-from tests.voc_folder import CLASSES, write_voc
+from tests.voc_folder import CLASSES, voc2007, write_voc
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory):
-    return write_voc(tmp_path_factory.mktemp("voc"), train=6, test=5)
-
-
-def voc2007(root, flip):
-    return Voc2007(root=root, flip=flip).load()
 
 
 def test_boxes_surround_the_pixels_that_were_pasted(voc):

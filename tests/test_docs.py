@@ -99,15 +99,22 @@ def help_of(script):
 
 
 def printed(script, *words):
-    before, said = (sys.argv, sys.path), io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
-    sys.argv, sys.path = [script, *words], sys.path.copy()
+    return ran(ROOT / script, *words)[1]
+
+
+def ran(script, *words):
+    """The exit code of a script and what it prints; in this process, which has imported everything."""
+    before, said, code = (sys.argv, sys.path), io.TextIOWrapper(io.BytesIO(), encoding="utf-8"), 0
+    sys.argv, sys.path = [str(script), *words], sys.path.copy()
     try:
-        with contextlib.redirect_stdout(said), contextlib.suppress(SystemExit):
-            runpy.run_path(str(ROOT / script), run_name="__main__")
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            runpy.run_path(str(script), run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code
     finally:
         sys.argv, sys.path = before
     said.seek(0)
-    return said.read()
+    return code, said.read()
 
 
 def check_keys(experiment, words):
@@ -177,13 +184,15 @@ def shell(command, folder):
 
 
 @pytest.mark.parametrize(("language", "marks", "content"), marked("test"))
-def test_marked_blocks_run_as_they_stand(folder, language, marks, content):
+def test_marked_blocks_run_as_they_stand(folder, monkeypatch, language, marks, content):
     if language == "python":
         exec(compile(content, "example", "exec"), {})
         return
+    monkeypatch.chdir(folder)
     for command in content.splitlines():
-        ended = shell(command, folder)
-        assert ended.returncode == int(marks.get("exit", 0)), f"{command}\n{ended.stdout}{ended.stderr}"
+        program, *words = shlex.split(command, comments=True)
+        code, said = ran(*words)
+        assert (program, code) == ("python", int(marks.get("exit", 0))), f"{command}\n{said}"
 
 
 def test_the_family_and_the_model_of_the_page_train(tmp_path):
@@ -200,5 +209,4 @@ def test_the_family_and_the_model_of_the_page_train(tmp_path):
     assert "6 runs: 6 missing" in planned.stdout, planned.stderr
     trained = shell(f"python {EXAMPLE} method=tract model.width=64 max_steps=3", tmp_path)
     assert trained.returncode == 0, trained.stderr
-    table = shell("python analysis/tables.py --experiment mlp_digits", tmp_path)
-    assert "(1)" in table.stdout, table.stderr
+    assert "(1)" in printed("analysis/tables.py", "--runs", str(tmp_path / "runs"), "--experiment", "mlp_digits")

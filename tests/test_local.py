@@ -9,9 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
-from experiments.config import compose_config, to_tree
+from experiments.config import compose_config, prepare_folder
 from runfolder.folder import RunFolder
 from runfolder.lease import is_held
 from runfolder.process import is_dead
@@ -69,10 +68,7 @@ def test_local_trains_the_same_as_a_single_run(tmp_path):
 def test_a_failing_run_stops_no_other(tmp_path, capsys):
     """The first seed's folder holds a file where checkpoints belong; the second seed finishes."""
     selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
-    quickstart("--dry-run", *selection)
-    name = next(word for word in capsys.readouterr().out.split() if "-s0-" in word)
-    folder = RunFolder(tmp_path / "quickstart" / Path(name).name)
-    folder.path.mkdir(parents=True)
+    folder = prepare_folder(chosen(tmp_path))
     folder.checkpoints.write_text("not a folder")
     assert quickstart("--local", *selection) == 1
     said = capsys.readouterr().out
@@ -116,11 +112,7 @@ def test_a_grid_that_is_stopped_leaves_checkpoints_and_no_process(tmp_path, numb
 
 def test_a_busy_run_is_named_and_stops_no_other(tmp_path, capsys):
     selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]
-    quickstart("--dry-run", *selection)
-    name = next(word for word in capsys.readouterr().out.split() if "-s0-" in word)
-    folder = RunFolder(tmp_path / "quickstart" / Path(name).name)
-    folder.path.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_tree(chosen(tmp_path))))
+    folder = prepare_folder(chosen(tmp_path))
     with held_elsewhere(folder):
         assert quickstart("--local", *selection) == 75
     said = capsys.readouterr().out
@@ -221,8 +213,7 @@ def wait_until(condition, process: subprocess.Popen | None = None) -> None:
 
 def test_resume_continues_exactly_that_folder(tmp_path):
     choice = [*TINY, "model=resnet_small", "seed=5", f"runtime.runs={tmp_path}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command(*choice, "runtime.deadline_minutes=0.0001"), env=environment, check=False)
+    assert quickstart(*choice, "runtime.deadline_minutes=0.0001") == 75
     (folder,) = run_folders(tmp_path)
     assert not (folder / "result.json").exists()
     assert quickstart("--resume", str(folder)) == 0

@@ -282,9 +282,10 @@ def test_the_node_that_failed_is_excluded_not_the_first_ranks(make_job, monkeypa
     assert (submission / "exclude-12").read_text() == "n8\n"
 
 
-def test_an_element_of_an_array_is_named_as_such(make_job, monkeypatch):
+@pytest.mark.parametrize("number", ["12", "15"])
+def test_an_element_of_an_array_is_named_as_such(make_job, monkeypatch, number):
     """Its SLURM_JOB_ID may be the array's own number."""
-    for name, value in {"JOB_ID": "12", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "2"}.items():
+    for name, value in {"JOB_ID": number, "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "2"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     submission = make_job("finish()")
     assert train(submission) == 0
@@ -576,14 +577,6 @@ def test_a_used_up_budget_is_a_failure_of_what_is_left(make_job, monkeypatch):
     (run_of(submission, 0) / "failure.json").unlink()
     ledger.amend_claim(run_of(submission, 0), submission.name, released=None)
     assert train(submission) == 75
-
-
-def test_the_array_element_is_noted(make_job, monkeypatch):
-    for name, value in {"JOB_ID": "15", "ARRAY_JOB_ID": "12", "ARRAY_TASK_ID": "3"}.items():
-        monkeypatch.setenv(f"SLURM_{name}", value)
-    submission = make_job("finish()")
-    assert train(submission) == 0
-    assert ledger.attempts(run_of(submission, 0))[0]["job"] == "12_3"
 
 
 # -- what the job's process is ----------------------------------------------------------

@@ -77,6 +77,13 @@ def copies(local: Path) -> list[Path]:
     return sorted((local / "staged").iterdir())
 
 
+def refused(words: str, source: Path, local: Path) -> None:
+    """It is an error with these words, and nothing is left."""
+    with pytest.raises(UserError, match=words), staged(source, local, report=quiet):
+        pass
+    assert copies(local) == []
+
+
 def pack(folder: Path, archive: Path) -> Path:
     if archive.suffix == ".zip":
         shutil.make_archive(str(archive.with_suffix("")), "zip", folder)
@@ -154,9 +161,7 @@ def test_a_tar_keeps_its_inner_links_and_its_later_members(tmp_path):
 
 def test_a_folder_inside_itself_is_an_error(source, tmp_path):
     (source / "train" / "loop").symlink_to(source)
-    with pytest.raises(UserError, match="link to a folder that it is in, train/loop"), staged(source, tmp_path / "l"):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("link to a folder that it is in, train/loop", source, tmp_path / "l")
 
 
 def test_progress_is_reported(source, tmp_path, monkeypatch):
@@ -284,9 +289,7 @@ def test_a_glimpse_ends_somewhere_but_a_touched_folder_is_seen(source, monkeypat
 def test_a_source_that_changes_meanwhile_is_an_error(source, tmp_path, monkeypatch):
     pour = copying.Copying.pour
     monkeypatch.setattr(copying.Copying, "pour", lambda *a: [pour(*a), (source / "more").touch()])
-    with pytest.raises(UserError, match="changes while it was copied"), staged(source, tmp_path / "local"):
-        pass
-    assert copies(tmp_path / "local") == []
+    refused("changes while it was copied", source, tmp_path / "local")
 
 
 # -- damage -----------------------------------------------------------------------------
@@ -301,10 +304,7 @@ def test_a_tar_cut_anywhere_is_an_error(source, tmp_path):
     assert whole[end:].strip(b"\0") == b""
     for cut in [*range(0, end, 256), end, end + 511]:
         (tmp_path / "cut.tar").write_bytes(whole[:cut])
-        with pytest.raises(UserError, match="expected a complete copy of .*cut.tar"):  # noqa: SIM117
-            with staged(tmp_path / "cut.tar", tmp_path / "local", report=quiet):
-                pass
-        assert copies(tmp_path / "local") == []
+        refused("expected a complete copy of .*cut.tar", tmp_path / "cut.tar", tmp_path / "local")
     (tmp_path / "cut.tar").write_bytes(whole[: end + 512])
     with staged(tmp_path / "cut.tar", tmp_path / "local", report=quiet) as data:
         assert content(data) == content(source)
@@ -319,21 +319,16 @@ def test_a_damaged_compressed_archive_is_an_error(source, tmp_path, name, damage
     other = bytes([whole[middle] ^ 1])
     changed = {"no end": whole[:-3], "half": whole[:middle], "nothing": b""}
     archive.write_bytes(changed.get(damage, whole[:middle] + other + whole[middle + 1 :]))
-    with pytest.raises(UserError, match=f"complete copy of .*{name} on node"), staged(archive, tmp_path / "local"):
-        pass
-    assert copies(tmp_path / "local") == []
+    refused(f"complete copy of .*{name} on node", archive, tmp_path / "local")
 
 
 def test_a_file_that_comes_short_is_named(source, tmp_path, monkeypatch):
     """While it is read, and if it is short on the disk all the same."""
     with monkeypatch.context() as patch:
         patch.setattr(copying.Copying, "need", lambda *_: os.truncate(source / "a.bin", 2999))
-        with pytest.raises(UserError, match="2,999 bytes of 3,000 in a.bin"), staged(source, tmp_path / "local"):
-            pass
+        refused("2,999 bytes of 3,000 in a.bin", source, tmp_path / "local")
     monkeypatch.setattr(copying.Copying, "pour", lambda self, stream, name, size: (self.target / name).touch())
-    with pytest.raises(UserError, match=r"0 instead of .* bytes in the copy of"), staged(source, tmp_path / "local"):
-        pass
-    assert copies(tmp_path / "local") == []
+    refused(r"0 instead of .* bytes in the copy of", source, tmp_path / "local")
 
 
 def add(tar: tarfile.TarFile, name: str, data: bytes = b"", **fields) -> None:
@@ -362,12 +357,7 @@ def test_an_evil_tar_is_refused(tmp_path, fields):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "good", b"good")
         add(tar, **fields)
-    with (
-        pytest.raises(UserError, match="expected members that stay inside"),
-        staged(tmp_path / "a.tar", tmp_path / "l"),
-    ):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("expected members that stay inside", tmp_path / "a.tar", tmp_path / "l")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "l", "secret"]
     assert not Path("/tmp/evil").exists()
 
@@ -380,12 +370,7 @@ def test_links_that_lead_out_together_are_refused(tmp_path, evil):
         add(tar, "1/2/3", type=tarfile.SYMTYPE, linkname="../..")
         if evil:
             add(tar, evil, b"evil")
-    with (
-        pytest.raises(UserError, match="expected members that stay inside"),
-        staged(tmp_path / "a.tar", tmp_path / "l"),
-    ):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("expected members that stay inside", tmp_path / "a.tar", tmp_path / "l")
     assert not list(tmp_path.rglob("evil"))
 
 
@@ -417,12 +402,7 @@ def test_links_that_are_too_long_to_resolve_lead_nowhere(tmp_path, then):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         _too_long_to_resolve(tar, "../../../..")
         ESCAPES[then](tar)
-    with (
-        pytest.raises(UserError, match="expected members that stay inside"),
-        staged(tmp_path / "a.tar", tmp_path / "l"),
-    ):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("expected members that stay inside", tmp_path / "a.tar", tmp_path / "l")
     assert (tmp_path / "secret").read_text() == "secret"
     assert not list(tmp_path.rglob("evil"))
 
@@ -431,9 +411,7 @@ def test_links_in_a_circle_are_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a", type=tarfile.SYMTYPE, linkname="b")
         add(tar, "b", type=tarfile.SYMTYPE, linkname="a")
-    with pytest.raises(UserError, match="the link [ab]"), staged(tmp_path / "a.tar", tmp_path / "l"):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("the link [ab]", tmp_path / "a.tar", tmp_path / "l")
 
 
 @pytest.mark.parametrize("through", ["door/x", "door"])
@@ -442,9 +420,7 @@ def test_nothing_is_written_through_a_link_not_even_inside(tmp_path, through):
         add(tar, "room", type=tarfile.DIRTYPE)
         add(tar, "door", type=tarfile.SYMTYPE, linkname="room")
         add(tar, "door/x", b"x") if through == "door/x" else add(tar, "door", type=tarfile.DIRTYPE)
-    with pytest.raises(UserError, match="through the link door to"), staged(tmp_path / "a.tar", tmp_path / "l"):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("through the link door to", tmp_path / "a.tar", tmp_path / "l")
 
 
 @pytest.mark.parametrize("kind", ["tar", "tar.gz", "zip"])
@@ -475,12 +451,7 @@ def test_an_evil_zip_is_refused(tmp_path, name):
         member = zipfile.ZipInfo(name)
         member.external_attr = 0o120777 << 16 if name == "a link" else 0o644 << 16
         file.writestr(member, "/etc/passwd")
-    with (
-        pytest.raises(UserError, match="expected members that stay inside"),
-        staged(tmp_path / "a.zip", tmp_path / "l"),
-    ):
-        pass
-    assert copies(tmp_path / "l") == []
+    refused("expected members that stay inside", tmp_path / "a.zip", tmp_path / "l")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zip", "l"]
 
 

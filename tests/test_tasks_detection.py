@@ -9,7 +9,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from experiments.config import build, compose_config, folder_of
 from experiments.data.batches import Batches
-from experiments.data.boxes import BoxSamples, Voc2007
+from experiments.data.boxes import BoxSamples
 from experiments.models import build_model
 from experiments.ranks import Ranks
 from experiments.tasks.detection import Detection
@@ -18,7 +18,7 @@ from experiments.training.run import run
 from experiments.training.stop import StopRequest, Wish
 from runfolder.errors import UserError
 from slurm.command import main
-from tests.voc_folder import write_voc
+from tests.voc_folder import voc2007
 from tract import TrActConv2d
 
 CPU = torch.device("cpu")
@@ -26,15 +26,6 @@ TINY = {
     "model.width": 8, "model.hidden": 16, "model.min_size": 160, "model.max_size": 240, "start_from": None,
     "runtime.workers": 0, "runtime.progress": False, "runtime.threads": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def voc(tmp_path_factory):
-    return write_voc(tmp_path_factory.mktemp("voc"), train=6, test=5)
-
-
-def voc2007(root, flip):
-    return Voc2007(root=root, flip=flip).load()
 
 
 def tiny_config(voc, runs, **changes):

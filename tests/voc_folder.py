@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from experiments.data.boxes import BoxData, Voc2007
+
 CLASSES = ("dark", "light")
 _OBJECT = """<object><name>{}</name><difficult>{}</difficult><bndbox>
 <xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax></bndbox></object>"""
@@ -43,3 +45,8 @@ def _write_image(base: Path, name: str, draw: np.random.Generator, paste: Callab
     size = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
     (base / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{''.join(objects)}</annotation>")
     Image.fromarray(picture).save(base / "JPEGImages" / f"{name}.jpg", quality=95)
+
+
+def voc2007(root: str, flip: bool) -> BoxData:
+    """What the harness reads of such a folder."""
+    return Voc2007(root=root, flip=flip).load()

@@ -27,50 +27,30 @@ def _resnet(constructor, num_classes: int, in_channels: int) -> nn.Module:
     return constructor(num_classes=num_classes)
 
 
-def deit3_small(
+def deit3(
     num_classes: int,
+    drop_path: float,
+    patch: int,
+    width: int,
+    depth: int,
+    heads: int,
     in_channels: int = 3,
     image_size: int = 224,
-    drop_path: float = 0.0,
-    patch: int = 16,
-    width: int = 384,
-    depth: int = 12,
-    heads: int = 6,
 ) -> nn.Module:
-    """DeiT-III's ViT-S (Touvron et al., arXiv 2204.07118): 22,059,496 parameters at 224 pixels.
+    """DeiT-III's ViT-S and ViT-B (Touvron et al., arXiv 2204.07118).
 
-    timm's network, with what its defaults have otherwise than the original: LayerScale begins
-    at 1e-4, the class token with a deviation of 0.02, and ``drop_path`` is the same in every
-    block. The patch embedding is a convolution with stride = kernel in PyTorch's own
-    initialisation; the position embedding covers the patches only.
+    ViT-S has 22,059,496 parameters at 224 pixels, ViT-B 86,585,320, and 86,545,384 at 192. timm's network, with what
+    its defaults have otherwise than the original: LayerScale begins at 1e-4, the class token with a deviation of 0.02,
+    and ``drop_path`` is the same in every block. The patch embedding is a convolution with stride = kernel in PyTorch's
+    own initialisation; the position embedding covers the patches only.
     """
-    return _deit3(num_classes, in_channels, image_size, drop_path, patch, width, depth, heads)
-
-
-def deit3_base(
-    num_classes: int,
-    in_channels: int = 3,
-    image_size: int = 224,
-    drop_path: float = 0.0,
-    patch: int = 16,
-    width: int = 768,
-    depth: int = 12,
-    heads: int = 12,
-) -> nn.Module:
-    """DeiT-III's ViT-B: 86,545,384 parameters at 192 pixels, 86,585,320 at 224; see :func:`deit3_small`."""
-    return _deit3(num_classes, in_channels, image_size, drop_path, patch, width, depth, heads)
-
-
-def _deit3(
-    num_classes: int, in_channels: int, size: int, drop_path: float, patch: int, width: int, depth: int, heads: int
-) -> nn.Module:
     from timm.layers import DropPath  # takes seconds to import
     from timm.models.vision_transformer import VisionTransformer
 
-    if size % patch:
-        raise ValueError(f"expected images of a multiple of model.patch={patch} pixels, got {size}.")
+    if image_size % patch:
+        raise ValueError(f"expected images of a multiple of model.patch={patch} pixels, got {image_size}.")
     network = VisionTransformer(
-        img_size=size,
+        img_size=image_size,
         patch_size=patch,
         in_chans=in_channels,
         num_classes=num_classes,
