@@ -30,6 +30,10 @@ VARIANTS = {
     "loader processes": ({"data.in_memory": "false"}, 1),
     "ema, bf16, accumulation": ({"ema_decay": 0.9, "precision": "bf16", "micro_batch": 50, "model": "vit_small"}, 1),
     "sgd, vanilla": ({"optim": "sgd", "optim.lr": 0.003, "method": "vanilla"}, 1),
+    "proximal steps": ({"method": "proxprop", "method.mode": "prox_cg3"}, 1),
+    "layerwise curve": ({"method": "curve", "method.layerwise": "true", "method.points": 3}, 1),
+    "snapshots": ({"method": "swa", "method.count": 3, "method.samples": 2, "method.points": 0}, 1),
+    "simplex on two ranks": ({"method": "simplex", "method.members": 2, "ema_decay": 0.9, "micro_batch": 30}, 2),
     "two ranks": ({"ema_decay": 0.9, "drop_last": "true"}, 2),  # BatchNorm: its statistics differ between ranks
 }
 
@@ -186,6 +190,36 @@ def test_mixed_copies_train_the_same_on_any_ranks_and_in_micro_batches(machine, 
     for other in weights[1:]:
         for name, tensor in weights[0].items():
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ["proxprop", "method.mode=prox_exact"],
+        ["proxprop", "method.mode=prox_cg3"],
+        ["line", "method.points=3"],
+        ["simplex", "method.layerwise=true", "method.members=2"],
+        ["swa", "method.count=3"],
+    ],
+    ids=" ".join,
+)
+def test_relatives_train_the_same_on_any_ranks_and_in_micro_batches(method, machine, tmp_path):
+    """A network without BatchNorm."""
+    recipe = {"batch_size": 100, "model": "vit_small", "optim": "sgd", "optim.lr": 0.01, "max_steps": 10, "epochs": 1}
+    found = []
+    for number, (ranks, changes) in enumerate([(1, {}), (1, {"micro_batch": 30}), (2, {}), (2, {"micro_batch": 20})]):
+        runs = tmp_path / str(number)
+        arguments = words(recipe | {"method": method[0]} | changes) + method[1:]
+        assert machine.start(arguments, runs=runs, ranks=ranks) == [0] * ranks, machine.output()
+        result = json.loads(only_run(runs).result.read_text())
+        found.append((last_checkpoint(only_run(runs))["model"], result["metrics"]))
+    (weights, metrics), *others = found
+    for its_weights, its_metrics in others:
+        for name, tensor in weights.items():
+            torch.testing.assert_close(its_weights[name], tensor, rtol=1e-3, atol=1e-5)
+        assert its_metrics.keys() == metrics.keys()
+        for tag in (tag for tag in metrics if tag.endswith("/loss")):
+            assert its_metrics[tag] == pytest.approx(metrics[tag], rel=1e-3), tag
 
 
 def test_two_ranks_evaluate_what_a_checkpoint_holds(machine, tmp_path, capsys):

@@ -80,10 +80,6 @@ class SnapshotMethod(Method):
         model.register_buffer(_TAKEN, torch.zeros((), dtype=torch.int64))
         return f"{len(self._at)} snapshots of {size:,} weights, after steps {', '.join(map(str, self._at))}"
 
-    def param_groups(self, model: nn.Module) -> list[dict]:
-        """All but the snapshots."""
-        return [{"params": _weights(model)}]
-
     @torch.no_grad()
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take a snapshot where one is due."""
