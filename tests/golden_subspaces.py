@@ -515,8 +515,8 @@ def check_lr(case: dict, found: Comparison) -> None:
         warmup_epochs=case["warmup_length"],
         swa_lr=case["swa_lr"],
         swa_start=case["swa_start"],
-        cycle_epochs=20,
         snapshots=case["num_models"],
+        of_epochs=160,
     )
     per_epoch, steps = 3, 3 * case["epochs"]
     rates = np.array([case["base_lr"] * schedule.factor(step, per_epoch, steps) for step in range(steps)])

@@ -744,7 +744,7 @@ def test_float32_stays_float32():
 
 
 def schedule(policy, **options):
-    given = {"warmup_epochs": 2, "swa_lr": 0.05, "swa_start": 0.75, "cycle_epochs": 3, "snapshots": 2}
+    given = {"warmup_epochs": 2, "swa_lr": 0.05, "swa_start": 0.75, "snapshots": 2, "of_epochs": None}
     return SubspaceSchedule(policy, lr=0.1, **given | options)
 
 
@@ -756,19 +756,26 @@ def rates(one, epochs, per_epoch=3):
 
 def test_rates_are_those_of_the_definitions():
     half = lambda progress: math.cos(math.pi * progress / 2) ** 2  # noqa: E731
-    warm = [0.5, 1.0]
+    warm, thirds = [0.5, 1.0], [half(k / 3) / 2 for k in range(3)]
     cases = {
         "cosine_lr": warm + [half((e - 2) / 18) for e in range(2, 20)],
         "constant_lr": warm + [1.0] * 18,
         "linear": [1 - e / 20 for e in range(20)],
-        "lth_lr": [1.0] * 10 + [0.1] * 5 + [0.01] * 5,
         "snapshot_cyc_lr": warm + [half(k / 9) for k in range(9)] * 2,
         "swa_constant_lr": warm + [1.0] * 9 + [1 - k / 16 for k in range(1, 8)] + [0.5, 0.5],
-        "cyc_lr": warm + [half(k / 13) for k in range(13)] + [half(k / 3) / 2 for k in (0, 1, 2, 0, 1)],
-        "swa_cyc_lr": warm + [1.0] * 9 + [1 - k / 16 for k in range(1, 5)] + [half(k / 3) / 2 for k in (0, 1, 2, 0, 1)],
+        "cyc_lr": warm + [half(k / 13) for k in range(13)] + [half(k / 2) / 2 for k in range(2)] + [0.5, *thirds[1:]],
+        "swa_cyc_lr": warm + [half(k / 13) for k in range(13)] + [half(k / 5) / 2 for k in range(5)],
     }
     for policy, expected in cases.items():
         assert rates(schedule(policy), 20) == pytest.approx(expected, abs=1e-12), policy
+    assert rates(schedule("lth_lr"), 160) == pytest.approx([1.0] * 80 + [0.1] * 40 + [0.01] * 40)
+    for policy in ("snapshot_cyc_lr", "swa_cyc_lr"):
+        assert rates(schedule(policy, snapshots=1), 20) == rates(schedule("cosine_lr"), 20)
+    four = [half(k / 13) / 2 for k in range(13)] * 2 + [half(k / 14) / 2 for k in range(14)]
+    late = rates(schedule("swa_cyc_lr", snapshots=4, warmup_epochs=5), 160)[120:]
+    assert late == pytest.approx(four)  # 40 = 13 + 13 + 14 epochs
+    assert rates(schedule("swa_cyc_lr", of_epochs=16), 20)[11] == pytest.approx(half(9 / 10))
+    assert rates(schedule("swa_cyc_lr", of_epochs=16), 20)[12] == pytest.approx(0.5)
 
 
 # -- errors -----------------------------------------------------------------------------

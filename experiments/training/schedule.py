@@ -128,14 +128,15 @@ class SubspaceSchedule:
     - cosine_lr: lr cos((e - w) / (E - w));
     - constant_lr: lr;
     - linear (no warm-up): lr (1 - e / E);
-    - lth_lr (no warm-up): lr, a tenth from E / 2 on, a hundredth from 3 E / 4 on;
-    - snapshot_cyc_lr: lr cos(p), p the fraction of a cycle of (E - w) / ``snapshots`` epochs;
+    - lth_lr (no warm-up): lr, a tenth from epoch 80 on, a hundredth from epoch 120 on;
     - swa_constant_lr: lr until E / 2, linear to s at 9 E / 10, then s;
-    - cyc_lr: lr cos((e - w) / (S - w)) until S = ``swa_start`` E, then s cos(p), p the fraction of a cycle of
-      ``cycle_epochs`` epochs;
-    - swa_cyc_lr: as swa_constant_lr until S, then as cyc_lr.
+    - snapshot_cyc_lr: from w on cycles of floor((E - w) / n) epochs, n being ``snapshots``, each a cosine from lr;
+    - cyc_lr: lr cos((e - w) / (S - w)) until S = floor(``swa_start`` E), then two cycles of floor((E - S) / 2)
+      epochs, each a cosine from s;
+    - swa_cyc_lr: the same with n - 1 cycles.
 
-    Rates are absolute.
+    The last cycle ends with the run. With n = 1 the others are cosine_lr. ``of_epochs`` stands for E in S where it is
+    given, as in the authors' code, which has 160 for runs of any length. Rates are absolute.
 
     Raises:
         ValueError: no such policy.
@@ -146,8 +147,8 @@ class SubspaceSchedule:
     warmup_epochs: int
     swa_lr: float
     swa_start: float
-    cycle_epochs: float
     snapshots: int
+    of_epochs: int | None
 
     def __post_init__(self):
         if self.policy not in _POLICIES:
@@ -164,24 +165,41 @@ class SubspaceSchedule:
         return _half_cosine((epoch - self.warmup_epochs) / (epochs - self.warmup_epochs))
 
     def _snapshots(self, epoch: int, epochs: float) -> float:
-        return _half_cosine((epoch - self.warmup_epochs) * self.snapshots / (epochs - self.warmup_epochs) % 1)
+        bounds = _bounds(self.warmup_epochs, math.ceil(epochs), self.snapshots) if self.snapshots > 1 else []
+        return self._in_cycle(epoch, bounds or [math.ceil(epochs)], 1.0)
 
     def _swa_constant(self, epoch: int, epochs: float) -> float:
         done = min(max((epoch / epochs - 0.5) / 0.4, 0.0), 1.0)
         return 1 - (1 - self.swa_lr / self.lr) * done
 
-    def _cycles(self, epoch: int, epochs: float) -> float:
-        start = self._start(epochs)
-        if epoch < start:
-            return self._cosine(epoch, start)
-        return self.swa_lr / self.lr * _half_cosine((epoch - start) / self.cycle_epochs % 1)
-
     def _swa_cycles(self, epoch: int, epochs: float) -> float:
-        early = epoch < self._start(epochs)
-        return self._swa_constant(epoch, epochs) if early else self._cycles(epoch, epochs)
+        last, most = math.ceil(epochs), self.snapshots
+        bounds = _bounds(self._start(last), last, most - 1, most) if most > 1 else [last]
+        return self._in_cycle(epoch, bounds, self.swa_lr / self.lr)
 
-    def _start(self, epochs: float) -> float:
-        return round(self.swa_start * epochs, 6)  # a whole epoch even where the product is one but for rounding
+    def _two_cycles(self, epoch: int, epochs: float) -> float:
+        last = math.ceil(epochs)
+        return self._in_cycle(epoch, _bounds(self._start(last), last, 2), self.swa_lr / self.lr)
+
+    def _start(self, last: int) -> int:
+        return int(self.swa_start * (self.of_epochs or last))
+
+    def _in_cycle(self, epoch: int, bounds: list[int], base: float) -> float:
+        """A cosine from the warm-up to the first bound, then one from ``base`` between two bounds each."""
+        if epoch < bounds[0]:
+            return self._cosine(epoch, bounds[0])
+        begin = max(bound for bound in bounds if bound <= epoch)
+        end = min(bound for bound in bounds if bound > epoch)
+        return base * _half_cosine((epoch - begin) / (end - begin))
+
+
+def _bounds(first: int, last: int, cycles: int, most: int | None = None) -> list[int]:
+    """Where cycles of (last - first) / cycles whole epochs begin; the last bound is moved to the end."""
+    length = max(1, (last - first) // cycles)
+    bounds = list(range(first, last + 1, length))
+    if most is not None and len(bounds) > most:
+        bounds = list(range(first, last, length))
+    return [*bounds[:-1], last]
 
 
 def _half_cosine(progress: float) -> float:
@@ -192,9 +210,9 @@ _POLICIES = {
     "cosine_lr": SubspaceSchedule._cosine,
     "constant_lr": lambda self, epoch, epochs: 1.0,
     "linear": lambda self, epoch, epochs: 1 - epoch / epochs,
-    "lth_lr": lambda self, epoch, epochs: 0.1 ** ((2 * epoch >= epochs) + (4 * epoch >= 3 * epochs)),
+    "lth_lr": lambda self, epoch, epochs: 0.1 ** ((epoch >= 80) + (epoch >= 120)),
     "snapshot_cyc_lr": SubspaceSchedule._snapshots,
     "swa_constant_lr": SubspaceSchedule._swa_constant,
-    "cyc_lr": SubspaceSchedule._cycles,
+    "cyc_lr": SubspaceSchedule._two_cycles,
     "swa_cyc_lr": SubspaceSchedule._swa_cycles,
 }
