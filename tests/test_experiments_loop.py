@@ -1,3 +1,4 @@
+import functools
 import json
 import math
 import re
@@ -236,6 +237,32 @@ def test_every_method_learns_and_the_optimizer_has_exactly_the_models_parameters
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.8 * losses[0]
     assert result["metrics"]["test/loss"] < math.log(10)  # better than guessing
+
+
+RELATIVES = [name for name in METHODS if name not in ("vanilla", "tract", "patchnorm", "dual_patchnorm")]
+
+
+@pytest.mark.parametrize("method", RELATIVES)
+def test_compiled_equals_eager(method, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    short = {**SGD, "max_steps": 3, "ema_decay": 0.8}
+    _, eager, its = _train(tmp_path / "eager", method=method, **short)
+    _, compiled, state = _train(tmp_path / "compiled", method=method, compile=True, **short)
+    for key in ("model", "ema"):
+        _close(its[key], state[key], rtol=1e-3, atol=2e-5)
+    assert compiled["metrics"].keys() == eager["metrics"].keys()
+
+
+@pytest.mark.parametrize("method", RELATIVES)
+def test_bf16_stays_near_float32(method, tmp_path):
+    short = {**SGD, "max_steps": 6, "ema_decay": 0.8}
+    _, exact, its = _train(tmp_path / "fp32", method=method, **short)
+    _, rounded, state = _train(tmp_path / "bf16", method=method, precision="bf16", **short)
+    assert all(tensor.dtype == its["model"][name].dtype for name, tensor in state["model"].items())
+    first, second = (torch.cat([t.flatten().double() for t in s["model"].values()]) for s in (its, state))
+    assert 0 < (first - second).norm() < 0.02 * first.norm()
+    for tag in ("test/loss", "ema/loss"):
+        assert rounded["metrics"][tag] == pytest.approx(exact["metrics"][tag], rel=0.02)
 
 
 def test_hooks_are_called_in_the_documented_order(tmp_path, monkeypatch):

@@ -82,6 +82,24 @@ def test_proximal_steps_train_on_real_images(cifar, tmp_path, network, rate, mod
     assert result["metrics"]["fit/loss"] < 2.4
 
 
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ["method=line", "method.points=3"],
+        ["method=curve", "method.layerwise=true", "method.points=3"],
+        ["method=simplex", "method.endpoints=4", "method.members=2", "data.label_noise=0.5"],
+        ["method=swa", "method.count=2", "method.points=0", "data.corruption=jpeg_compression", "data.severity=3"],
+    ],
+    ids=" ".join,
+)
+def test_subspaces_train_on_real_images(cifar, tmp_path, choices):
+    small = ["model.depth=8", "model.width=8", "batch_size=20", "epochs=2", "schedule.warmup_epochs=1"]
+    result = train("subspaces", tmp_path, f"data.root={cifar}", *small, *choices)
+    assert result["steps"] == 8
+    assert {"test/top1", "test/ece"} <= set(result["metrics"])
+    assert 1 < result["metrics"]["test/loss"] < 10
+
+
 def test_files_give_the_same_weights_as_memory(cifar, tmp_path):
     """Decoded once and augmented in batches, or decoded and augmented one by one in loader processes."""
     constants = ["data.mean=[0.49,0.48,0.45]", "data.std=[0.2,0.2,0.2]"]

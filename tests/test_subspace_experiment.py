@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from analysis import subspaces as report
 from experiments.config import compose_config
 from experiments.grid import plan
+from experiments.tools import export_point
 from experiments.training import assembly
 from experiments.training.loop import Trainer
 from slurm.command import main
@@ -446,3 +447,33 @@ def test_curves_of_every_evaluation_are_logged(tmp_path):
     assert [epoch for epoch, _ in found["subspace/squared_cosine"]] == [1, 2]
     assert [epoch for epoch, _ in found["path/0.5/top1"]] == [2]
     assert found["path/0.5/top1"][-1][1] == found["test/top1"][-1][1]
+
+
+# -- export -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--alpha", "0"], ["--alpha", "1"], []])
+def test_an_exported_point_is_a_plain_network_that_does_as_well(runs, tmp_path, words):
+    path, metrics = _result(runs, "-line1-s0")
+    tag = {0: "test", 1: f"path/{words[-1]}"}[len(words) // 2] if words else "test"
+    assert export_point.main([str(path), *words, "--out", str(tmp_path / "point.pt")]) == 0
+    start = ["method=vanilla", f"start_from={tmp_path / 'point.pt'}", "eval_start=true", "max_steps=0"]
+    assert main("subspaces", "", "", [*TOY, *QUIET, *start, f"runtime.runs={tmp_path}"]) == 0
+    (file,) = tmp_path.rglob("result.json")
+    assert json.loads(file.read_text())["metrics"]["test/loss"] == pytest.approx(metrics[f"{tag}/loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-vanilla-s0"], "expected a run with method=line, curve or simplex, got vanilla"),
+        (["-line1-s0", "--alpha", "0.1", "0.2"], "--alpha: expected 1 numbers for a point of Line(), got 2"),
+        (["-line1-s0", "--out", "/proc/no/file.pt"], "expected --out to be a place to write to"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_sentence(runs, tmp_path, words, message, capsys):
+    path, _ = _result(runs, words[0])
+    assert export_point.main([str(path), "--out", str(tmp_path / "x.pt"), *words[1:]]) == 2
+    assert message in capsys.readouterr().err
+    assert export_point.main([str(tmp_path / "none"), "--out", str(tmp_path / "x.pt")]) == 2
+    assert not (tmp_path / "x.pt").exists()
