@@ -101,6 +101,71 @@ def test_what_is_not_known_or_cannot_be_read_disagrees(proxprop, capsys):
     assert last == "4 of 6 cases agree"
 
 
+def _subspaces_cases(folder):
+    """A 1x1 convolution on a line, by einsum; a cosine schedule and label smoothing by their formulas."""
+    rng = np.random.default_rng(5)
+    x, g, first, second = (rng.normal(size=size) for size in ((2, 3, 4, 5), (2, 6, 4, 5), (6, 3, 1, 1), (6, 3, 1, 1)))
+    alpha = 0.3
+    weight = (1 - alpha) * first + alpha * second
+    gradient = np.einsum("bohw,bihw->oi", g, x)[..., None, None]
+    arrays = {"x": x, "grad_output": g, "coef": np.array([alpha]), "effective_weight": weight}
+    arrays |= {
+        "output": np.einsum("oi,bihw->bohw", weight[..., 0, 0], x),
+        "param/weight": first,
+        "param/weight1": second,
+    }
+    arrays |= {"grad/x": np.einsum("oi,bohw->bihw", weight[..., 0, 0], g)}
+    arrays |= {"grad/weight": (1 - alpha) * gradient, "grad/weight1": alpha * gradient}
+    np.savez(folder / "conv.npz", **arrays)
+    epochs, warm = np.arange(30), 4
+    rates = 0.2 * (epochs + 1) / warm
+    rates[warm:] = 0.1 * (1 + np.cos(np.pi * (epochs[warm:] - warm) / (30 - warm)))
+    np.savez(folder / "lr.npz", lr=rates)
+    scores, labels, smoothing = rng.normal(size=(7, 4)), rng.integers(4, size=7), 0.2
+    log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    wanted = (1 - smoothing) * np.eye(4)[labels] + smoothing / 4
+    np.savez(
+        folder / "ls.npz",
+        x=scores,
+        y=labels,
+        loss=-(wanted * log_p).sum() / 7,
+        **{"grad/x": (np.exp(log_p) - wanted) / 7},
+    )
+    conv = {"in_channels": 3, "out_channels": 6, "kernel_size": 1, "bias": False, "stride": 1, "padding": 0}
+    line = {"kind": "line", "cls": "LinesConv", "conv": conv, "dtype": "torch.float64"}
+    how = {"policy": "cosine_lr", "base_lr": 0.2, "epochs": 30, "warmup_length": warm, "num_models": 1}
+    return [
+        {"name": "conv", "family": "conv", "file": "conv.npz", **line},
+        {"name": "lr", "family": "lr", "file": "lr.npz", "swa_lr": 0.05, "swa_start": 0.75, **how},
+        {"name": "ls", "family": "label_smoothing", "file": "ls.npz", "smoothing": smoothing},
+    ]
+
+
+def test_vectors_of_subspaces_by_hand(tmp_path, capsys):
+    cases = _subspaces_cases(tmp_path)
+    (tmp_path / "manifest.json").write_text(
+        json.dumps({"cases": [*cases, {"name": "new", "family": "sphere", "file": "lr.npz"}]})
+    )
+    assert golden.main(["subspaces", str(tmp_path)]) == 1
+    line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith("new: ")
+    assert last == "3 of 4 cases agree"
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("conv", "output"), ("conv", "grad/weight1"), ("lr", "lr"), ("ls", "grad/x")]
+)
+def test_a_wrong_number_of_subspaces_disagrees(tmp_path, capsys, file, key):
+    (tmp_path / "manifest.json").write_text(json.dumps({"cases": _subspaces_cases(tmp_path)}))
+    arrays = dict(np.load(tmp_path / f"{file}.npz"))
+    np.savez(tmp_path / f"{file}.npz", **arrays | {key: arrays[key] * (1 + 1e-7)})
+    assert golden.main(["subspaces", str(tmp_path)]) == 1
+    line, last = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{file}: ")
+    assert key in line
+    assert last == "2 of 3 cases agree"
+
+
 @pytest.mark.parametrize("words", [[], ["proxprop"], ["tract", "."], ["proxprop", "nowhere"]])
 def test_wrong_words_are_refused(words, capsys):
     assert golden.main(words) == 2
