@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(description="The plots and the table of ProxProp's own experiments.")
     parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
-    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder, or file (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is left out")
     add_cache_flags(parser)
     return parser
@@ -98,10 +98,11 @@ def _run(options: argparse.Namespace) -> int:
     runs = load_runs(options.runs, EXPERIMENT, chosen_cache(options))[EXPERIMENT]
     named = [problem.text for run in runs for problem in run.problems]
     lines = {}
-    for network, of_network in _by_network([run for run in runs if run.usable]).items():
+    networks = _by_network([run for run in runs if run.usable])
+    for network, of_network in networks.items():
         lines[network], sentences = lines_of(of_network)
         named += sentences
-        for path in write(draw(network, lines[network]), target_of(options.out, network, 2)):
+        for path in write(draw(network, lines[network]), target_of(options.out, network, len(networks))):
             print(path, file=sys.stderr)
     print(table(lines))
     for sentence in dict.fromkeys(named):

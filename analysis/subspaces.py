@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> Parser:
     parser = Parser(description="The table and figures of network subspaces.")
     parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
-    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder (default: %(default)s)")
+    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder, or file (default: %(default)s)")
     parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is left out")
     add_cache_flags(parser)
     return parser
@@ -93,14 +93,16 @@ def _run(options: argparse.Namespace) -> int:
     settings: dict[str, list[Run]] = {}
     for run in filter(lambda run: run.usable, runs):
         settings.setdefault(setting_of(run.config), []).append(run)
+    figures: dict[str, Figure] = {}
     for setting, members in sorted(settings.items()):
         cells, left_out = cells_of(members)
         named += left_out
         print(f"{setting}\n\n{table(cells)}\n")
         for name, figure in (("figure4", along_paths(setting, cells)), ("figure5", over_endpoints(setting, cells))):
             if figure is not None:
-                target = target_of(options.out, "_".join([name, *setting.replace(",", "").split()]), 2)
-                print(*write(figure, target), sep="\n", file=sys.stderr)
+                figures["_".join([name, *setting.replace(",", "").split()])] = figure
+    for name, figure in figures.items():
+        print(*write(figure, target_of(options.out, name, len(figures))), sep="\n", file=sys.stderr)
     for sentence in dict.fromkeys(named):
         print(sentence, file=sys.stderr)
     return EXIT_NAMED if options.strict and named else 0
