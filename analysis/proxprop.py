@@ -98,22 +98,24 @@ def _run(options: argparse.Namespace) -> int:
     runs = load_runs(options.runs, EXPERIMENT, chosen_cache(options))[EXPERIMENT]
     named = [problem.text for run in runs for problem in run.problems]
     lines = {}
-    networks = _by_network([run for run in runs if run.usable])
+    networks = _by_setting([run for run in runs if run.usable])
     for network, of_network in networks.items():
         lines[network], sentences = lines_of(of_network)
         named += sentences
-        for path in write(draw(network, lines[network]), target_of(options.out, network, len(networks))):
-            print(path, file=sys.stderr)
+        target = target_of(options.out, network.replace(" ", "_"), len(networks))
+        print(*write(draw(network, lines[network]), target), sep="\n", file=sys.stderr)
     print(table(lines))
     for sentence in dict.fromkeys(named):
         print(sentence, file=sys.stderr)
     return EXIT_NAMED if options.strict and named else 0
 
 
-def _by_network(runs: Sequence[Run]) -> dict[str, list[Run]]:
+def _by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
     found: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(run.config["model"]["name"], []).append(run)
+        config = run.config
+        words = [config["model"]["name"], config["optim"]["name"], config["data"]["name"]]
+        found.setdefault(" ".join(words + [str(config["batch_size"])] * (config["batch_size"] != 500)), []).append(run)
     return dict(sorted(found.items()))
 
 
@@ -138,16 +140,18 @@ def label_of(config: dict[str, Any]) -> str:
     if method["mode"] == "gradient":
         return "gradient (mode of the layers)"
     tau = method["tau"]
-    return f"{method['mode'].removeprefix('prox_')}, τ={tau:g}" if isinstance(tau, int | float) else method["mode"]
+    words = [method["mode"].removeprefix("prox_"), f"τ={tau:g}" if isinstance(tau, int | float) else "τ of layers"]
+    words += [method["variant"]] if method["variant"] != "standard" else []
+    return ", ".join(words + (["some layers"] if method["layers"] else []))
 
 
 def _is_proximal(label: str) -> bool:
-    return label.startswith(("cg", "exact", "prox_"))
+    return label.startswith(("cg", "exact"))
 
 
 def draw(network: str, lines: Sequence[Line]) -> Figure:
     """The plots of one network side by side."""
-    plots = PLOTS.get(network, PLOTS["proxprop_convnet"])
+    plots = PLOTS.get(network.split()[0], PLOTS["proxprop_convnet"])
     with in_style():
         figure = Figure((_PANEL[0] * len(plots), _PANEL[1] + 0.3), layout="constrained")
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False).flat, plots, strict=True):

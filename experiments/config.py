@@ -43,7 +43,8 @@ GROUPS = ("stage", *COMPONENTS, "debug")
 # Options that came when runs had been made without them. At these values they are left out of a configuration, so that
 # such a run is found under its name.
 _LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0, "corruption": None, "severity": None}}
-_LATER_ABOVE = {"eval_train": False, "eval_start": False, "validation_images": 0, "validation_from": "spread"}
+_LATER_ABOVE = {"eval_train": False, "eval_start": False, "train_images": None, "validation_images": 0}
+_LATER_ABOVE |= {"validation_from": "spread"}
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
@@ -124,6 +125,7 @@ class Config:
     eval_images: int | None = None  # evaluate on so many test images, spread evenly; None: on all
     eval_train: bool = False  # evaluate on the training images too, unaugmented, as fit/*
     eval_start: bool = False  # evaluate before the first step too, as epoch 0
+    train_images: int | None = None  # train on so many of the training images, spread evenly; None: on all
     validation_images: int = 0  # so many training images are not trained on, but evaluated as val/*
     validation_from: Held = Held.spread  # which ones: spread evenly, or the last
     loss: Loss = Loss.cross_entropy
@@ -471,7 +473,7 @@ def validate(config: Config) -> None:
         f"at least {least} or null",
         config.max_steps,
     )
-    for key in ("micro_batch", "mix_group", "eval_images", "overfit_batches"):
+    for key in ("micro_batch", "mix_group", "eval_images", "train_images", "overfit_batches"):
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
     _require(0 <= config.label_smoothing < 1, "label_smoothing", "0 <= value < 1", config.label_smoothing)
@@ -483,6 +485,8 @@ def validate(config: Config) -> None:
     held = config.validation_images
     _require(held >= 0, "validation_images", "0 or more", held)
     _require(held == 0 or config.repeats == 1, "validation_images", "0 with repeats", held)
+    some = config.train_images
+    _require(some is None or config.repeats == 1, "train_images", "null with repeats", some)
     _require(
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )

@@ -5,6 +5,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
+from torch.nn.utils import spectral_norm
 
 import tract
 from tests.tract_layers import LAYERS, error
@@ -343,7 +344,7 @@ def test_a_transposed_convolution_of_a_given_output_size():
     found = {}
     for mode in ("prox_exact", "prox_cg300"):
         wrapped = ProxProp(copy.deepcopy(layer), TAU, mode)
-        (wrapped(x, (10, 10)) * direction).sum().backward()
+        (wrapped(x, output_size=(10, 10)) * direction).sum().backward()
         found[mode] = flat(p.grad for p in wrapped.parameters())
     assert error(*found.values()) < 1e-9
 
@@ -378,6 +379,7 @@ def test_a_layer_that_is_not_linear_in_its_parameters_is_refused():
         (lambda: proxprop_layer(ProxPropLinear), TypeError, "expected a plain layer class"),
         (lambda: proxprop_layer(nn.ReLU)(), TypeError, "parameters of its own and no layers inside, got ReLU"),
         (lambda: ProxProp(ProxPropLinear(3, 2)), TypeError, "wrap a layer once"),
+        (lambda: ProxProp(spectral_norm(nn.Linear(3, 2))), TypeError, "got one that is computed from others"),
         (
             lambda: proxprop_layer(nn.Embedding)(3000, 2, mode="prox_exact"),
             ValueError,
@@ -394,6 +396,32 @@ def test_an_infinite_input_is_named():
     layer = ProxPropLinear(3, 2, mode="prox_exact")
     with pytest.raises(tract.NonFiniteError, match="ProxPropLinear: expected finite inputs"):
         layer(torch.full((4, 3), float("inf")))
+
+
+def test_layers_of_two_methods_accumulate_side_by_side():
+    model = nn.Sequential(tract.TrActLinear(4, 3), ProxPropLinear(3, 2, mode="prox_exact"))
+    x = torch.randn(8, 4)
+    model(x).square().sum().backward()
+    whole = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    with tract.accumulate(model, tract.TrActLayer), tract.accumulate(model, ProxPropLayer):
+        for part in x.split(3):
+            model(part).square().sum().backward()
+    assert all(error(p.grad, g) < 1e-5 for p, g in zip(model.parameters(), whole, strict=True))
+
+
+def test_frozen_layers_and_layers_that_are_not_called_do_nothing_inside_accumulation():
+    model = nn.ModuleList([ProxPropLinear(4, 3), ProxPropLinear(3, 2), ProxPropLinear(2, 2, mode="prox_exact")])
+    model[0].requires_grad_(False)
+    with tract.accumulate(model):
+        model[1](model[0](torch.randn(5, 4))).sum().backward()
+    assert [p.grad is None for p in model.parameters()] == [True, True, False, False, True, True]
+
+
+def test_an_empty_batch_is_no_reason_to_refuse_a_layer():
+    layer = proxprop_layer(nn.LayerNorm)(4)
+    layer(torch.zeros(0, 4)).sum().backward()
+    layer(torch.ones(2, 4))
 
 
 def test_layers_of_one_class_are_one_class():

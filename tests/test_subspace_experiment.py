@@ -285,6 +285,24 @@ def test_calibration_error_is_that_of_the_definition(tmp_path):
     assert result["metrics"]["test/ece"] == pytest.approx(100 * total / len(labels), rel=1e-5)
 
 
+def test_a_moving_average_has_networks_of_its_own():
+    method = subspace()
+    model = applied(method).eval()
+    average = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in average.parameters():
+            parameter.zero_()
+    images, x, labels = [torch.randn(20, 1, 8, 8)], torch.randn(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64)
+    list(method.evaluated(model, occasion(images)))
+    ((_, alone),) = method.measured(model, occasion(images))
+    expected = alone(x, labels)["total_variation"]
+    for each in (model, average):
+        list(method.evaluated(each, occasion(images)))
+    ((_, measure),) = method.measured(model, occasion(images))
+    assert torch.equal(measure(x, labels)["total_variation"], expected)
+    assert expected[0] > 0
+
+
 # -- averages of one training -----------------------------------------------------------------------
 
 
@@ -315,6 +333,23 @@ def test_snapshots_are_taken_after_their_steps(changes, steps):
     ends = [found["path/0"][0].weight, found["path/1"][0].weight]
     assert all(torch.equal(a, b) for a, b in zip(ends, (weights[steps[0]], weights[steps[-1]]), strict=True))
     assert {"swag", "swag/0", "snapshots", "random/global", "random/layer", "random/weight", "weighted/0"} <= set(found)
+
+
+def test_a_moving_average_has_the_models_own_snapshots(tmp_path):
+    options = {"method__start": 0.0, "method__count": 2, "method__points": 0, "ema_decay": 0.9}
+    _, result, state = _train(tmp_path, method="swa", **options, **QUICK)
+    assert torch.equal(state["ema"]["module.snapshots"], state["model"]["snapshots"])
+    assert int(state["ema"]["module.snapshots_taken"]) == 2
+    assert result["metrics"]["ema/swa/loss"] == pytest.approx(result["metrics"]["swa/loss"], rel=1e-5)
+
+
+def test_snapshots_of_another_number_are_not_begun_from(tmp_path, capsys):
+    words = ["data=digits", "model=resnet_small", "method=swa", "method.points=0", "epochs=1", *QUIET]
+    assert main("quickstart", "", "", [*words, "method.count=2", f"runtime.runs={tmp_path}"]) == 0
+    (path,) = (tmp_path / "quickstart").iterdir()
+    start = [f"start_from={path}", "eval_start=true", "max_steps=0", f"runtime.runs={tmp_path / 'more'}"]
+    assert main("quickstart", "", "", [*words, "method.count=3", *start]) == 2
+    assert "other shapes of snapshots" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [{"count": 11}, {"epochs": [3]}, {"epochs": [2, 1]}, {"epochs": []}])

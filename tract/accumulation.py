@@ -11,7 +11,7 @@ from tract.gathered import Gathering
 
 
 @contextmanager
-def accumulate(model: nn.Module) -> Iterator[None]:
+def accumulate(model: nn.Module, kind: type[Gathering] = Gathering) -> Iterator[None]:
     """All forward and backward passes inside count as one batch.
 
     With micro-batches k = 1..K the exact gradient is
@@ -31,8 +31,12 @@ def accumulate(model: nn.Module) -> Iterator[None]:
     With ``fully_shard`` nothing is to be done. A penalty on the wrapped weight itself belongs
     after the context.
 
+    Args:
+        model: has TrAct or ProxProp layers; the latter get the increment of all parts, see :mod:`tract.proxprop`.
+        kind: only layers of this class.
+
     Raises:
-        ValueError: the model has no TrAct layer.
+        ValueError: the model has no such layer.
         RuntimeError: contexts are nested, or a weight is computed from others.
 
     Example:
@@ -42,7 +46,7 @@ def accumulate(model: nn.Module) -> Iterator[None]:
         ...     for micro_batch in torch.randn(8, 4).split(2):
         ...         model(micro_batch).sum().backward()
     """
-    layers = [module for module in model.modules() if isinstance(module, Gathering)]
+    layers = [module for module in model.modules() if isinstance(module, kind)]
     if not layers:
         raise ValueError("expected a model with a TrAct layer, got none; call tract.apply_tract(model) first.")
     begun: list[Gathering] = []

@@ -17,11 +17,13 @@ and the input's gradient are the plain layer's. A^T A is a sum over all rows of 
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -76,6 +78,11 @@ class ProxPropLayer(Gathering):
             raise TypeError(
                 f"expected a layer with parameters of its own and no layers inside, got {self.plain_type.__name__}."
             )
+        if isinstance(self, _ROWS) and "weight" not in self._parameters:
+            raise TypeError(
+                f"expected a {self.plain_type.__name__} whose weight is a parameter, got one that is computed from "
+                "others (weight norm, pruning); remove the parametrization."
+            )
         size = sum(parameter.numel() for parameter in self.parameters())
         if self.mode == "prox_exact" and not isinstance(self, _ROWS) and size > _MOST_EXACT:
             raise ValueError(
@@ -87,8 +94,10 @@ class ProxPropLayer(Gathering):
         state_dict.pop(f"{prefix}tau_prox", None)  # a buffer of the original's layers; ours is an option
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def forward(self, *inputs: Any) -> Any:
+    def forward(self, *inputs: Any, **named: Any) -> Any:
         """The plain layer's output; the parameters' gradients will be the increment."""
+        if named:
+            inputs = inspect.signature(self.plain_type.forward).bind(self, *inputs, **named).args[1:]
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self._parameters.values() if p is not None)
         if self.mode == "gradient" or not trains:
             return super().forward(*inputs)
@@ -150,6 +159,8 @@ class ProxPropLayer(Gathering):
         with torch.no_grad():
             zero = self._image({name: torch.zeros_like(tensor) for name, tensor in a.items()}, inputs)
             of_a, of_b, of_mixed = (self._image(tensors, inputs) for tensors in (a, b, mixed))
+        if not of_a.numel():
+            return
         scale = 1e-4 * (of_a.abs().max() + of_b.abs().max() + torch.finfo(of_a.dtype).tiny)
         if zero.abs().max() > scale or (of_mixed - 2 * of_a + of_b).abs().max() > scale:
             raise TypeError(
@@ -342,6 +353,13 @@ class _Gathered:
     def increments(self) -> Tensors:
         """D over all passes and ranks; nothing without a backward pass on this only rank."""
         layer, world = self._layer, world_size()
+        if not self._apart:
+            return {}
+        if world > 1 and not self._batches:
+            raise RuntimeError(
+                f"ProxProp layer {layer.label}: expected a forward pass on every rank inside tract.accumulate, got "
+                "none on this one; leave such a layer plain."
+            )
         if world == 1 and all(apart.grad is None for apart in self._apart.values()):
             return {}
         gradients = {n: a.detach().clone() if a.grad is None else a.grad for n, a in self._apart.items()}
@@ -532,7 +550,7 @@ def checked_tau(tau: Any) -> float:
     Raises:
         TypeError, ValueError: it is not a positive finite number.
     """
-    if isinstance(tau, bool) or not isinstance(tau, int | float):
+    if isinstance(tau, bool) or not isinstance(tau, Real):
         raise TypeError(f"expected tau to be a number, got {tau!r}.")
     if not (math.isfinite(tau) and tau > 0):
         raise ValueError(f"expected tau > 0 and finite, got {tau}; the paper uses 0.05 and 1.")

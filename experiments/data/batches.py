@@ -48,6 +48,7 @@ class Batches:
         eval_batch_size: images per evaluation batch of one rank.
         eval_images: evaluate on so many test images, spread evenly; None: on all.
         eval_train: evaluate on the training images too.
+        train_images: train on so many of the other training images, spread evenly; None: on all.
         validation: so many training images are evaluated instead of trained on.
         validation_last: those are the last ones, instead of being spread evenly.
         workers: loader processes, for data whose batches are not made on the device.
@@ -73,6 +74,7 @@ class Batches:
         eval_batch_size: int,
         eval_images: int | None = None,
         eval_train: bool = False,
+        train_images: int | None = None,
         validation: int = 0,
         validation_last: bool = False,
         workers: int,
@@ -83,18 +85,22 @@ class Batches:
         self.eval_batch_size, self.workers, self.ranks, self.device = eval_batch_size, workers, ranks, device
         self._mixed, self._mix_group = mixed, mix_group
         held, images = _chosen(len(data.train), validation, validation_last), len(data.train) - validation
+        images = min(images, train_images or images)
         if images < 1:
             raise UserError(
                 f"expected validation_images below {len(data.train)}, the training images, got {validation}."
             )
-        self._trained = np.setdiff1d(np.arange(len(data.train)), held) if validation else None
+        self._trained = None
+        if images < len(data.train):
+            others = np.setdiff1d(np.arange(len(data.train)), held)
+            self._trained = others[_chosen(len(others), images)]
         count = min(len(data.test), eval_images or len(data.test))
         self.evaluated = {"test": _chosen(len(data.test), count)}
         if validation:
             self.evaluated["val"] = held
         if eval_train:
             self.evaluated["fit"] = np.arange(images) if self._trained is None else self._trained
-        self._images = images
+        self._images, self._drop_last = images, drop_last
         self._samples = data.samples(seed, repeats, device)
         last = 0 if drop_last else images % batch_size
         if images < batch_size and drop_last:
@@ -131,6 +137,7 @@ class Batches:
         """Training images without augmentation, in batches as in training of which each is one rank's alone."""
         numbers = np.arange(len(self.data.train)) if self._trained is None else self._trained
         parts = [numbers[at : at + self.batch_size] for at in range(0, self._images, self.batch_size)]
+        parts = [part for part in parts if len(part) == self.batch_size or not self._drop_last]
         return self._made("train", parts[self.ranks.rank :: self.ranks.size], None)
 
     def global_count(self, step: int) -> int:

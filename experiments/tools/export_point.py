@@ -5,8 +5,8 @@ python experiments/tools/export_point.py RUN --alpha 0.2 0.3 --out simplex.pt   
 python experiments/tools/export_point.py RUN --out midpoint.pt                  the midpoint
 
 The file holds {"model": state dict}, with the keys of the plain network and batch-norm statistics of this point,
-estimated from the run's training images (--no-estimate: those of training, which mix all points, without reading any
-image). `start_from=FILE` begins a run with it.
+estimated from the run's training images (--no-estimate: those of training, which mix all points). `start_from=FILE`
+begins a run with it.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def build_batches(config: Config, data: Data, ranks: Ranks, device: torch.device
         eval_batch_size=config.eval_batch_size,
         eval_images=config.eval_images,
         eval_train=config.eval_train,
+        train_images=config.train_images,
         validation=config.validation_images,
         validation_last=config.validation_from is Held.last,
         workers=config.runtime.workers,

@@ -40,11 +40,12 @@ def load_start(config: Config, model: nn.Module, report: Callable[[str], None]) 
     weights, origin = _weights(config)
     weights, fresh = getattr(model, "start_weights", _as_they_are)(weights)
     own, adapted = model.state_dict(), {}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     for name, tensor in weights.items():
         if name in own and own[name].shape != tensor.shape:
             if name.endswith("pos_embed"):
                 tensor = _resampled(tensor, own[name])
-            elif tensor.shape[1:] == own[name].shape[1:]:
+            elif tensor.shape[1:] == own[name].shape[1:] and name not in frozen:
                 fresh.append(name)
                 continue
         adapted[name] = tensor

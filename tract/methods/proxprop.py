@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from tract.accumulation import accumulate
 from tract.conjugate_gradients import Variant
+from tract.distributed import world_size
 from tract.layers import Statistics
 from tract.methods.base import Method
 from tract.proxprop import ProxProp, ProxPropLayer, checked_mode, checked_tau
@@ -50,6 +51,12 @@ class ProxPropMethod(Method):
 
     def apply(self, model: nn.Module) -> str:
         """Wrap the layers."""
+        skips = any(getattr(module, "skips_parameters", False) for module in model.modules())
+        if skips and self.statistics == "global" and world_size() > 1:
+            raise ValueError(
+                "expected a network whose layers all ranks pass through together, got one that skips some at random; "
+                "use one rank, or method.statistics=local."
+            )
         for name, tau in self._chosen(model).items():
             plain = named_layer(model, name)
             wrapped = ProxProp(plain, tau, self.mode, variant=self.variant, statistics=self.statistics)
@@ -73,7 +80,7 @@ class ProxPropMethod(Method):
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """Exact increments of all micro-batches together."""
-        return accumulate(model)
+        return accumulate(model, ProxPropLayer)
 
 
 def _layers(model: nn.Module) -> list[ProxPropLayer]:

@@ -24,8 +24,8 @@ class SnapshotMethod(Method):
     At each evaluation with a snapshot: the mean of the snapshots (SWA, Izmailov et al., arXiv 1803.05407).
     At the end of training too: a sample of SWAG (Maddox et al., arXiv 1902.02476) and samples
     together, all snapshots as an ensemble, random weights of them (one for the network, for each
-    layer, for each weight), weight t on one of them, and the line from the first to the last. All
-    get batch-norm statistics of their own, from the training images.
+    layer, for each weight), weight t on one of them, and points of the line from the first to the
+    last, alone and in pairs. All get batch-norm statistics of their own, from the training images.
 
     Snapshots are a frozen parameter of the model, so that a checkpoint holds them.
 
@@ -53,6 +53,7 @@ class SnapshotMethod(Method):
         self.seed, self.count, self.start, self.epochs = seed, count, start, epochs
         self.samples, self.t, self.points = samples, t, points
         self._at: list[int] = []  # steps after which a snapshot is taken
+        self._together: dict[int, dict[str, list[nn.Module]]] = {}  # networks by tag, of each model that is evaluated
 
     def prepare(self, setting: Setting) -> None:
         """Find the steps of the snapshots."""
@@ -80,6 +81,11 @@ class SnapshotMethod(Method):
         model.register_buffer(_TAKEN, torch.zeros((), dtype=torch.int64))
         return f"{len(self._at)} snapshots of {size:,} weights, after steps {', '.join(map(str, self._at))}"
 
+    def before_step(self, model: nn.Module, step: int) -> None:
+        """Forget the snapshots of a run that this one starts from."""
+        if step == 0:
+            model.get_buffer(_TAKEN).zero_()
+
     @torch.no_grad()
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
         """Take a snapshot where one is due."""
@@ -102,7 +108,8 @@ class SnapshotMethod(Method):
         if not occasion.last:
             return
         count = len(states)
-        yield "snapshots", mean_of([made(state) for state in states])
+        together = self._together[id(model)] = {"snapshots": [made(state) for state in states]}
+        yield "snapshots", mean_of(together["snapshots"])
         if count < 2:
             return
         generator = torch.Generator().manual_seed(self.seed)
@@ -116,14 +123,21 @@ class SnapshotMethod(Method):
             yield f"random/{level}", made(random_average(states, numbers, level))
         for index in range(count):
             yield f"weighted/{index}", made(average(states, endpoint_weights(self.t, index, count)))
-        for alpha in (index / (self.points - 1) for index in range(self.points)):
-            yield f"path/{alpha:.3g}", made(average([states[0], states[-1]], [1 - alpha, alpha]))
+        alphas = [index / (self.points - 1) for index in range(self.points)]
+        path = [made(average([states[0], states[-1]], [1 - alpha, alpha])) for alpha in alphas]
+        for alpha, network in zip(alphas, path, strict=True):
+            yield f"path/{alpha:.3g}", network
+        for alpha, first, second in zip(alphas, path, reversed(path), strict=True):
+            if alpha < 0.5:
+                together[f"pair/{alpha:.3g}"] = [first, second]
+                yield f"pair/{alpha:.3g}", mean_of([first, second])
 
     def measured(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Measure]]:
-        """How different the snapshots are."""
-        plain, states = _plain_and_snapshots(model)
-        if occasion.last and len(states) > 1:
-            yield "snapshots", differences([_made(plain, state, occasion) for state in states])
+        """How different the networks are that were evaluated together."""
+        for name, networks in self._together.get(id(model), {}).items():
+            if len(networks) > 1:
+                yield name, differences(networks)
+        self._together = {}
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:

@@ -82,7 +82,8 @@ class SubspaceMethod(Method):
         self.shared_bias, self.reestimate, self.points, self.members = shared_bias, reestimate, points, members
         self._others: list[nn.Module] = []
         self._pair: tuple[int, int] | None = None
-        self._networks: dict[tuple[float, ...], nn.Module] = {}  # of the evaluation that is going on
+        # Of the evaluation that is going on: by the model (the network or its moving average) and the point.
+        self._networks: dict[int, dict[tuple[float, ...], nn.Module]] = {}
 
     def prepare(self, setting: Setting) -> None:
         """Draw the further endpoints as the network draws its own weights."""
@@ -120,7 +121,7 @@ class SubspaceMethod(Method):
 
     def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
         """The midpoint; at the end the path and its pairs, or corners, random points and these together."""
-        self._networks = {}
+        self._networks.pop(id(model), None)
         yield "test", self._at(model, occasion, self.path.midpoint())
         if not occasion.last:
             return
@@ -170,12 +171,12 @@ class SubspaceMethod(Method):
 
     def _at(self, model: nn.Module, occasion: Occasion, alpha: tuple[float, ...]) -> nn.Module:
         key = tuple(round(number, 12) for number in alpha)
-        if key not in self._networks:
-            network = plain_at(model, *alpha).requires_grad_(False)
+        networks = self._networks.setdefault(id(model), {})
+        if key not in networks:
+            networks[key] = plain_at(model, *alpha).requires_grad_(False)
             if self.reestimate:
-                reestimated(network, occasion.images(), occasion.share)
-            self._networks[key] = network
-        return self._networks[key]
+                reestimated(networks[key], occasion.images(), occasion.share)
+        return networks[key]
 
     def _generator(self, *place: int) -> np.random.Generator:
         return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, *place])))

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from tract.accumulation import accumulate
-from tract.layers import Statistics, checked_options, tract_layers
+from tract.layers import Statistics, TrActLayer, checked_options, tract_layers
 from tract.methods.base import Method
 from tract.surgery import apply_tract
 
@@ -50,7 +50,7 @@ class TrActMethod(Method):
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """Exact gradient of all micro-batches together."""
-        return accumulate(model)
+        return accumulate(model, TrActLayer)
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
         """Frobenius norm and stable rank |W|_F^2 / |W|_2^2 of the first layer's weight, as an (m, n) matrix."""

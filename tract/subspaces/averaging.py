@@ -82,7 +82,7 @@ def swag_sample(states: Sequence[State], generator: torch.Generator) -> State:
 
     Args:
         states: n >= 2 snapshots of one training.
-        generator: of torch, on the states' device; draws z for all tensors at once and then the z_i.
+        generator: of torch, on any device; draws z for all tensors at once and then the z_i.
 
     Raises:
         ValueError: one snapshot only, which has no covariance, or as :func:`average`.
@@ -96,8 +96,8 @@ def swag_sample(states: Sequence[State], generator: torch.Generator) -> State:
         raise ValueError("expected states with tensors of floating point, got none.")
     like = next(iter(floats.values()))
     sizes = [value.numel() for value in floats.values()]
-    options = {"generator": generator, "device": like.device}
-    noise = torch.randn(sum(sizes), dtype=like.dtype, **options).split(sizes)
+    options = {"generator": generator, "device": generator.device}
+    noise = torch.randn(sum(sizes), dtype=like.dtype, **options).to(like.device).split(sizes)
     noise = dict(zip(floats, noise, strict=True))
     shares = torch.cat([torch.randn(1, **options) for _ in states]).double()
 
