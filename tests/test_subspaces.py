@@ -6,6 +6,7 @@ import math
 import pickle
 import random
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -39,6 +40,7 @@ from tract.subspaces import (
     swag_sample,
 )
 from tract.subspaces import evaluation as ev
+from tract.subspaces.paths import Numbers
 
 PATHS = [Line(), Curve(), Simplex(2), Simplex(3), Simplex(5)]
 
@@ -845,3 +847,22 @@ def test_a_model_that_does_not_fit_is_left_as_it_was():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apply_subspace(model, Line(), [small_net()])
+
+
+# -- random numbers ---------------------------------------------------------------------
+
+
+def test_numbers_of_a_place_are_its_own_and_of_their_distribution():
+    numbers = Numbers(3, 1, 4)
+    assert numbers.exponential(1.0, 4).tolist() == Numbers(3, 1, 4).exponential(1.0, 4).tolist()
+    assert Numbers(3, 1, 4).uniform(0.0, 1.0) != Numbers(3, 14).uniform(0.0, 1.0)
+    drawn = numbers.exponential(2.0, (100, 200))
+    assert drawn.mean().item() == pytest.approx(2.0, rel=0.03)
+    assert (drawn > 2.0).double().mean().item() == pytest.approx(math.exp(-1), abs=0.01)
+    uniform = [numbers.uniform(-1.0, 3.0) for _ in range(2000)]
+    assert -1 <= min(uniform) < -0.98 < 2.98 < max(uniform) < 3
+    pairs = Counter(tuple(sorted(numbers.sample(range(3), 2))) for _ in range(3000))
+    assert set(pairs) == {(0, 1), (0, 2), (1, 2)}
+    assert all(900 < count < 1100 for count in pairs.values())
+    assert Simplex(4).draw(Numbers(0)) == Simplex(4).draw(Numbers(0))
+    assert Curve().draw_pair(Numbers(0)) == Curve().draw_pair(Numbers(0))

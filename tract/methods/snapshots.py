@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
@@ -14,6 +13,7 @@ from tract.methods.base import Measure, Method, Occasion, Predictor, Setting
 from tract.methods.subspace import differences, mean_of
 from tract.subspaces.averaging import State, average, endpoint_weights, random_average, swag_sample
 from tract.subspaces.norm import reestimated
+from tract.subspaces.paths import Numbers
 
 _ROWS, _TAKEN = "snapshots", "snapshots_taken"
 
@@ -119,8 +119,7 @@ class SnapshotMethod(Method):
         if len(swag) > 1:
             yield "swag", mean_of(swag)
         for level in ("global", "layer", "weight"):
-            numbers = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, count])))
-            yield f"random/{level}", made(random_average(states, numbers, level))
+            yield f"random/{level}", made(random_average(states, Numbers(self.seed, count), level))
         for index in range(count):
             yield f"weighted/{index}", made(average(states, endpoint_weights(self.t, index, count)))
         alphas = [index / (self.points - 1) for index in range(self.points)]

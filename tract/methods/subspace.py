@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -19,7 +18,7 @@ from tract.subspaces.layers import (
     subspace_layers,
 )
 from tract.subspaces.norm import reestimated
-from tract.subspaces.paths import path_of
+from tract.subspaces.paths import Numbers, path_of
 from tract.subspaces.regulariser import absolute_cosine, squared_cosine, statistics
 
 _REGULARISERS = {"squared": squared_cosine, "absolute": absolute_cosine}
@@ -178,8 +177,8 @@ class SubspaceMethod(Method):
                 reestimated(networks[key], occasion.images(), occasion.share)
         return networks[key]
 
-    def _generator(self, *place: int) -> np.random.Generator:
-        return np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, *place])))
+    def _generator(self, *place: int) -> Numbers:
+        return Numbers(self.seed, *place)
 
 
 def mean_of(networks: Sequence[Callable[[Tensor], Tensor]]) -> Predictor:

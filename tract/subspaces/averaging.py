@@ -19,7 +19,7 @@ _STATISTICS = ("running_mean", "running_var")
 
 
 class Exponential(Protocol):
-    """What draws weights: a numpy Generator, or numpy's older RandomState."""
+    """What draws weights: :class:`tract.subspaces.paths.Numbers`, a numpy Generator, or numpy's older RandomState."""
 
     def exponential(self, scale: float, size: int | tuple[int, ...]) -> Sequence[float]:
         """Independent numbers of the exponential distribution."""

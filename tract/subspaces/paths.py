@@ -6,21 +6,52 @@ all points of the line, curve or simplex become good networks.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 
 class Draws(Protocol):
-    """What draws alpha: a numpy Generator, or numpy's older RandomState."""
+    """What draws alpha: :class:`Numbers`, a numpy Generator, or numpy's older RandomState."""
 
     def uniform(self, low: float, high: float) -> float:
         """One number, uniform in [low, high)."""
 
     def exponential(self, scale: float, size: int) -> Sequence[float]:
         """Independent numbers of the exponential distribution."""
+
+
+class Numbers:
+    """Random numbers of a place: the same on every machine and rank, whatever was drawn before.
+
+    Args:
+        place: whole numbers, such as a seed, what for, and a step.
+    """
+
+    def __init__(self, *place: int):
+        digest = hashlib.sha256(repr(place).encode()).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def uniform(self, low: float, high: float) -> float:
+        """One number, uniform in [low, high)."""
+        return low + (high - low) * float(self._unit(()))
+
+    def exponential(self, scale: float, size: int | tuple[int, ...]) -> Tensor:
+        """Independent numbers of the exponential distribution, float64."""
+        return -scale * torch.log1p(-self._unit(size if isinstance(size, tuple) else (size,)))
+
+    def sample(self, population: Sequence[int], k: int) -> list[int]:
+        """So many different ones, in random order."""
+        return [population[place] for place in torch.randperm(len(population), generator=self._generator)[:k]]
+
+    def _unit(self, size: tuple[int, ...]) -> Tensor:
+        return torch.rand(size, generator=self._generator, dtype=torch.float64)
 
 
 class Path(ABC):
@@ -58,7 +89,7 @@ class Path(ABC):
         """Two different endpoints, for the regulariser; each pair is equally likely.
 
         Args:
-            generator: a numpy Generator, or Python's ``random``.
+            generator: :class:`Numbers`, a numpy Generator, or Python's ``random``.
 
         Raises:
             ValueError: there is one endpoint only.
