@@ -27,6 +27,16 @@ PAPER = {
     "table4": 4 * 2,
     "table5": 2 * 2,
     "quickstart": 2 * 2 * 3,
+    # Of the relatives' own papers, see tests/test_proxprop_experiment.py and test_subspace_experiment.py.
+    "proxprop_mlp": 5 + 1,
+    "proxprop_convnet": 3 + 1 + 1,
+    "subspaces_cifar10": 3 + 3 * 2,
+    "subspaces_cifar10_simplexes": 5 * 2 * 2,
+    "subspaces_cifar10_averages": 2 * 2,
+    "subspaces_cifar10_noise": 3 * 3 * 2,
+    "subspaces_tiny_imagenet": 4 * 3,
+    "subspaces_tiny_imagenet_simplexes": 5 * 2 * 2,
+    "subspaces_imagenet": 3 * 3,
 }
 
 

@@ -336,7 +336,7 @@ def test_the_loop_names_no_method_model_or_data_set():
     source = (CONF.parent / "training" / "loop.py").read_text()
     body = "\n".join(line for line in source.splitlines() if not line.startswith("from "))
     imports = [line for line in source.splitlines() if line.startswith("from tract")]
-    assert imports == ["from tract.methods.base import Method"]
+    assert imports == ["from tract.methods.base import Measure, Method, Occasion"]
     names = [name for group in ("method", "model", "data") for name in choices_of(group)]
     assert not [name for name in names if re.search(rf"\b{name}\b", body, re.IGNORECASE)]
 
@@ -371,6 +371,7 @@ def test_no_micro_batch_is_empty_or_larger_than_asked(images, micro_batch, ranks
 
     class Stub:
         config = tiny_config("unused", batch_size=images, micro_batch=micro_batch)
+        method = Method()
 
     shares = [len(share) for share in np.array_split(np.arange(images), ranks)]
     parts = Trainer._parts(Stub, shares)

@@ -55,6 +55,7 @@ TINY_VIT = ["model=vit_small", "model.width=8", "model.depth=1", "model.heads=2"
 TINY_DETECTOR = ["model.width=8", "model.hidden=16", "model.min_size=64", "model.max_size=96"]
 MODELS = {"imagenet_deit": TINY_DEIT, "transfer": TINY_DEIT, "detection_voc": TINY_DETECTOR}
 MODELS |= {"cifar_resnet": ["model=resnet18"]}  # whose own keys the recipe sets
+MODELS |= {"proxprop": [*TINY_VIT, "validation_images=2"]}
 
 
 @pytest.mark.parametrize(("family", "stage"), [*((f, {}) for f in FAMILIES), ("imagenet_deit", {"stage": "finetune"})])

@@ -31,7 +31,8 @@ class SnapshotMethod(Method):
 
     Args:
         seed: of the draws; the run's.
-        count: snapshots at the ends of so many equal parts of the training after ``start``.
+        count: snapshots at the ends of so many equal parts of the training after ``start``; fewer where there are
+            fewer steps.
         start: share of the steps before the first part.
         epochs: the ends of these epochs (from 1) instead.
         samples: of SWAG.
@@ -62,13 +63,13 @@ class SnapshotMethod(Method):
             return
         if self.epochs is None:
             first, rest = self.start * setting.steps, (1 - self.start) * setting.steps
-            ends = [round(first + rest * (k + 1) / self.count) for k in range(self.count)]
+            ends = sorted({max(1, round(first + rest * (k + 1) / self.count)) for k in range(self.count)})
         else:
             ends = [epoch * setting.steps_per_epoch for epoch in self.epochs]
         if not ends or ends != sorted(set(ends)) or not 1 <= ends[0] <= ends[-1] <= setting.steps:
             raise ValueError(
-                f"expected snapshots after different steps from 1 to {setting.steps}, got {ends}; lower count, or "
-                "name other epochs."
+                f"expected snapshots after different steps from 1 to {setting.steps}, in order, got {ends}; name other "
+                "epochs."
             )
         self._at = ends
 
