@@ -18,7 +18,7 @@ from tract.subspaces.layers import (
     subspace_layers,
 )
 from tract.subspaces.norm import reestimated
-from tract.subspaces.paths import Numbers, path_of
+from tract.subspaces.paths import Numbers, Simplex, path_of
 from tract.subspaces.regulariser import absolute_cosine, squared_cosine, statistics
 
 _REGULARISERS = {"squared": squared_cosine, "absolute": absolute_cosine}
@@ -145,7 +145,7 @@ class SubspaceMethod(Method):
 
     def _single(self) -> list[tuple[str, tuple[float, ...]]]:
         """(tag, point) of what is evaluated alone at the end."""
-        if self.path.size == 1 and self.path.endpoints != 1 and not self._is_simplex:
+        if not self._is_simplex:
             return [(f"path/{alpha:.3g}", (alpha,)) for alpha in self._alphas()]
         corners = [tuple(float(i == j) for i in range(1, self.path.endpoints)) for j in range(self.path.endpoints)]
         named = [(f"corner/{index}", corner) for index, corner in enumerate(corners)] if self.members else []
@@ -159,7 +159,7 @@ class SubspaceMethod(Method):
 
     @property
     def _is_simplex(self) -> bool:
-        return hasattr(self.path, "n")
+        return isinstance(self.path, Simplex)
 
     def _alphas(self) -> list[float]:
         return [index / (self.points - 1) for index in range(self.points)]
