@@ -222,6 +222,23 @@ def test_relatives_train_the_same_on_any_ranks_and_in_micro_batches(method, mach
             assert its_metrics[tag] == pytest.approx(metrics[tag], rel=1e-3), tag
 
 
+def test_two_ranks_estimate_the_statistics_that_one_does(machine, tmp_path):
+    """Points of a finished line, evaluated by one rank and by two that share its 11 batches."""
+    arguments = words({"method": "line", "max_steps": 6, "epochs": 1, "batch_size": 140}) + ["method.points=3"]
+    assert machine.start(arguments, runs=tmp_path / "line") == [0], machine.output()
+    start = [f"start_from={only_run(tmp_path / 'line')}", "eval_start=true", "max_steps=0"]
+    found = []
+    for ranks in (1, 2):
+        arguments = words({"method": "line", "epochs": 1, "batch_size": 140})
+        runs = tmp_path / str(ranks)
+        codes = machine.start([*arguments, "method.points=3", *start], runs=runs, ranks=ranks)
+        assert codes == [0] * ranks, machine.output()
+        found.append(json.loads(only_run(runs).result.read_text())["metrics"])
+    tags = [tag for tag in found[0] if tag.endswith("/loss")]
+    assert len(tags) == 5
+    assert [found[1][tag] for tag in tags] == pytest.approx([found[0][tag] for tag in tags], rel=1e-6)
+
+
 def test_two_ranks_evaluate_what_a_checkpoint_holds(machine, tmp_path, capsys):
     """A checkpoint at the end of every epoch and a kill in every evaluation change no logged number."""
     extra, ranks = VARIANTS["two ranks"]

@@ -44,6 +44,7 @@ def test_proximal_steps_of_all_ranks_and_micro_batches_are_those_of_one_process(
     "law",
     [
         worker.proximal_steps_of_each_rank,
+        worker.proximal_steps_of_long_rows,
         worker.rows_of_an_image,
         worker.local_second_moment,
         worker.local_accumulation,

@@ -204,6 +204,12 @@ def proximal_steps(rank, world):
                 assert all(error(a, b) < 1e-9 for a, b in zip(found, expected, strict=True))
 
 
+def proximal_steps_of_long_rows(rank, world):
+    """The same where A^T A is too large for an exchange, whether rows are few or many in all."""
+    second_moment.SHARED_ROW_LENGTH = 5
+    proximal_steps(rank, world)
+
+
 def proximal_steps_of_each_rank(rank, world):
     """With statistics="local" each rank takes its own step, and DDP averages them."""
     for mode in ("prox_exact", "prox_cg3"):

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tract.conjugate_gradients import VARIANTS, Variant, conjugate_gradients
 from tract.damped_solve import damped_solve, damped_solve_rows
-from tract.distributed import global_sum, mean_over_ranks, world_size
+from tract.distributed import all_rows_if_few, global_sum, mean_over_ranks, world_size
 from tract.finite import require
 from tract.gathered import Gathering
 from tract.layers import Statistics, geometry_of, same_state, without
@@ -199,9 +199,13 @@ class ProxPropLayer(Gathering):
             moment = columns @ columns.mT
         else:
             pairs = [self._rows(inputs) for inputs in batches]
-            few = sum(geometry.count_rows(x) for x, geometry in pairs) < pairs[0][1].row_length
-            if few and not self._everywhere:
-                rows = torch.cat([unfold(x, geometry) for x, geometry in pairs], dim=-1)
+            _, geometry = pairs[0]
+            few = sum(geometry.count_rows(x) for x, geometry in pairs) < geometry.row_length
+            rows = torch.cat([unfold(x, geometry) for x, geometry in pairs], dim=-1) if few else None
+            if self._everywhere:  # n x n numbers are exchanged unless they are too many
+                known = (rows, geometry.groups, geometry.row_length, pairs[0][0].device)
+                rows = all_rows_if_few(*known) if geometry.is_long else None
+            if rows is not None:
                 return None, self._finite(rows)
             moment = sum(second_moment(x, geometry) for x, geometry in pairs)
         return self._finite(global_sum(moment, self._everywhere)), None

@@ -134,10 +134,14 @@ class Batches:
         return self._made("test" if part == "test" else "train", np.array_split(mine, rounds), None)
 
     def plain(self) -> Iterator[Batch]:
-        """Training images without augmentation, in batches as in training of which each is one rank's alone."""
+        """Training images without augmentation, in batches as in training of which each is one rank's alone.
+
+        As many batches on every rank, empty ones where they do not come out even.
+        """
         numbers = np.arange(len(self.data.train)) if self._trained is None else self._trained
         parts = [numbers[at : at + self.batch_size] for at in range(0, self._images, self.batch_size)]
         parts = [part for part in parts if len(part) == self.batch_size or not self._drop_last]
+        parts += [numbers[:0]] * (-len(parts) % self.ranks.size)
         return self._made("train", parts[self.ranks.rank :: self.ranks.size], None)
 
     def global_count(self, step: int) -> int:

@@ -16,6 +16,7 @@ from experiments.models import build_model
 from experiments.randomness import seed_torch
 from experiments.ranks import Ranks
 from experiments.tasks.base import Task
+from experiments.tasks.classification import Classification
 from experiments.training.log import RunLog
 from experiments.training.loop import Trainer, total_steps
 from experiments.training.optim import build_optimizer
@@ -76,6 +77,8 @@ def build_trainer(
     if tested < len(data.test):
         log.say(f"evaluates on {tested:,} of {len(data.test):,} test images (eval_images)")
     task = data.task(config, len(data.classes))
+    if config.runtime.save_outputs and not isinstance(task, Classification):
+        raise UserError(f"expected runtime.save_outputs=false for {task.name}, which has no class scores of images.")
     model, method, applied = _network(config, task, data, batches.steps_per_epoch, device)
     if state is not None:
         method.match(model, state["model"])

@@ -361,7 +361,9 @@ class Trainer:
     def _plain_images(self) -> Iterator[Tensor]:
         """Training images without augmentation in whole batches of this rank."""
         for images, _ in self.batches.plain():
-            yield self._in_format(images)
+            self._heed()
+            if len(images):
+                yield self._in_format(images)
 
     @torch.no_grad()
     def _mean_over_test(self, measure: Measure) -> dict[str, float]:
