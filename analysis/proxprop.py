@@ -27,13 +27,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
+from analysis.command import exit_code
 from analysis.drawing import in_style, mean_line, nth_style, target_of, write
-from analysis.load import Run, load_runs
+from analysis.load import Run
+from analysis.relatives import by_label, final_values, parser, readable, usable_runs
 from analysis.statistics import summarise
 from analysis.tables import EXIT_NAMED
 from runfolder import tags
-from runfolder.folder import typed
 
 EXPERIMENT = "proxprop"
 FIT, VAL = "fit/loss", "val/top1"
@@ -82,53 +82,33 @@ class Line:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the figures and print the table; returns the exit code."""
-    return exit_code(lambda: _run(_parser().parse(arguments)))
-
-
-def _parser() -> Parser:
-    parser = Parser(description="The plots and the table of ProxProp's own experiments.")
-    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
-    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder, or file (default: %(default)s)")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is left out")
-    add_cache_flags(parser)
-    return parser
+    return exit_code(lambda: _run(parser("The plots and the table of ProxProp's own experiments.").parse(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
-    runs = load_runs(options.runs, EXPERIMENT, chosen_cache(options))[EXPERIMENT]
-    named = [problem.text for run in runs for problem in run.problems]
+    settings, named = usable_runs(options, EXPERIMENT, setting_of)
     lines = {}
-    networks = _by_setting([run for run in runs if run.usable])
-    for network, of_network in networks.items():
-        lines[network], sentences = lines_of(of_network)
-        named += sentences
-        target = target_of(options.out, network.replace(" ", "_"), len(networks))
-        print(*write(draw(network, lines[network]), target), sep="\n", file=sys.stderr)
+    for setting, runs in settings.items():
+        lines[setting], left_out = lines_of(runs)
+        named += left_out
+        target = target_of(options.out, setting.replace(" ", "_"), len(settings))
+        print(*write(draw(setting, lines[setting]), target), sep="\n", file=sys.stderr)
     print(table(lines))
     for sentence in dict.fromkeys(named):
         print(sentence, file=sys.stderr)
     return EXIT_NAMED if options.strict and named else 0
 
 
-def _by_setting(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    found: dict[str, list[Run]] = {}
-    for run in runs:
-        config = run.config
-        words = [config["model"]["name"], config["optim"]["name"], config["data"]["name"]]
-        found.setdefault(" ".join(words + [str(config["batch_size"])] * (config["batch_size"] != 500)), []).append(run)
-    return dict(sorted(found.items()))
+def setting_of(config: dict[str, Any]) -> str:
+    """What runs must share to be compared: network, optimizer, data, and a batch that is not the paper's."""
+    words = [config["model"]["name"], config["optim"]["name"], config["data"]["name"]]
+    return " ".join(words + [str(config["batch_size"])] * (config["batch_size"] != 500))
 
 
 def lines_of(runs: Sequence[Run]) -> tuple[list[Line], list[str]]:
-    """The lines of a network, proximal steps first, and what was left out: a second run of one label and seed."""
-    cells: dict[str, dict[int, Run]] = {}
-    named = []
-    for run in runs:
-        label = label_of(run.config)
-        kept = cells.setdefault(label, {}).setdefault(run.seed, run)
-        if kept is not run:
-            named.append(f"{run.folder}: left out, as {kept.folder.name} has its method and seed; move one away.")
-    found = [Line(label, _is_proximal(label), tuple(cell.values())) for label, cell in cells.items()]
+    """The lines of a setting, proximal steps first, and what was left out."""
+    cells, named = by_label(runs, label_of)
+    found = [Line(label, _is_proximal(label), members) for label, members in cells.items()]
     return sorted(found, key=lambda line: (not line.proximal, line.label)), named
 
 
@@ -149,14 +129,14 @@ def _is_proximal(label: str) -> bool:
     return label.startswith(("cg", "exact"))
 
 
-def draw(network: str, lines: Sequence[Line]) -> Figure:
-    """The plots of one network side by side."""
-    plots = PLOTS.get(network.split()[0], PLOTS["proxprop_convnet"])
+def draw(setting: str, lines: Sequence[Line]) -> Figure:
+    """The plots of one setting side by side."""
+    plots = PLOTS.get(setting.split()[0], PLOTS["proxprop_convnet"])
     with in_style():
         figure = Figure((_PANEL[0] * len(plots), _PANEL[1] + 0.3), layout="constrained")
         for axes, plot in zip(figure.subplots(1, len(plots), squeeze=False).flat, plots, strict=True):
             _panel(axes, plot, lines)
-        figure.suptitle(f"{network}: mean over seeds ± one sample standard deviation", fontsize=9)
+        figure.suptitle(f"{setting}: mean over seeds ± one sample standard deviation", fontsize=9)
     return figure
 
 
@@ -186,18 +166,12 @@ def table(lines: dict[str, list[Line]]) -> str:
     for network, of_network in lines.items():
         for line in of_network:
             epochs = ", ".join(sorted({str(run.final_epoch) for run in line.runs}))
-            numbers = [_final(line, tag, digits) for tag, digits in ((FIT, 4), (VAL, 2), (tags.TOP1, 2))]
-            numbers.append(_final(line, tags.TRAIN_SECONDS, 0))
+            numbers = [
+                readable(final_values(line.runs, tag), digits) for tag, digits in ((FIT, 4), (VAL, 2), (tags.TOP1, 2))
+            ]
+            numbers.append(readable(final_values(line.runs, tags.TRAIN_SECONDS), 0))
             text.append(f"| {network} | {line.label} | {len(line.runs)} | {epochs} | {' | '.join(numbers)} |")
     return "\n".join(text)
-
-
-def _final(line: Line, tag: str, digits: int) -> str:
-    values = [run.final_value(tag) for run in line.runs]
-    if not values or None in values:
-        return "–"
-    summary = summarise(values)
-    return f"{summary.mean:.{digits}f}" + ("" if summary.std is None else f" ± {summary.std:.{digits}f}")
 
 
 if __name__ == "__main__":

@@ -30,12 +30,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.command import Parser, add_cache_flags, chosen_cache, exit_code
+from analysis.command import exit_code
 from analysis.drawing import in_style, mean_line, nth_style, target_of, write
-from analysis.load import Run, load_runs
+from analysis.load import Run
+from analysis.relatives import by_label, final_values, parser, readable, usable_runs
 from analysis.statistics import summarise
 from analysis.tables import EXIT_NAMED
-from runfolder.folder import typed
 
 EXPERIMENT = "subspaces"
 STANDARD = "standard training"
@@ -69,7 +69,7 @@ class Cell:
 
     def values(self, tag: str) -> list[float]:
         """The final values of those that have the tag."""
-        return [value for run in self.runs if (value := run.final_value(tag)) is not None]
+        return final_values(self.runs, tag)
 
     @property
     def method(self) -> dict[str, Any]:
@@ -79,26 +79,13 @@ class Cell:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables and write the figures; returns the exit code."""
-    return exit_code(lambda: _run(_parser().parse(arguments)))
-
-
-def _parser() -> Parser:
-    parser = Parser(description="The table and figures of network subspaces.")
-    parser.add_argument("--runs", type=typed, default=Path("runs"), help="folder of experiments (default: %(default)s)")
-    parser.add_argument("--out", type=typed, default=Path("figures"), help="folder, or file (default: %(default)s)")
-    parser.add_argument("--strict", action="store_true", help="exit code 1 if any run is left out")
-    add_cache_flags(parser)
-    return parser
+    return exit_code(lambda: _run(parser("The table and figures of network subspaces.").parse(arguments)))
 
 
 def _run(options: argparse.Namespace) -> int:
-    runs = load_runs(options.runs, EXPERIMENT, chosen_cache(options))[EXPERIMENT]
-    named = [problem.text for run in runs for problem in run.problems]
-    settings: dict[str, list[Run]] = {}
-    for run in filter(lambda run: run.usable, runs):
-        settings.setdefault(setting_of(run.config), []).append(run)
+    settings, named = usable_runs(options, EXPERIMENT, setting_of)
     figures: dict[str, Figure] = {}
-    for setting, members in sorted(settings.items()):
+    for setting, members in settings.items():
         cells, left_out = cells_of(members)
         named += left_out
         print(f"{setting}\n\n{table(cells)}\n")
@@ -140,14 +127,9 @@ def label_of(config: dict[str, Any]) -> str:
 
 
 def cells_of(runs: Iterable[Run]) -> tuple[list[Cell], list[str]]:
-    """Runs by label, standard training first, and what was left out: a second run of one label and seed."""
-    found: dict[str, dict[int, Run]] = {}
-    named = []
-    for run in runs:
-        kept = found.setdefault(label_of(run.config), {}).setdefault(run.seed, run)
-        if kept is not run:
-            named.append(f"{run.folder}: left out, as {kept.folder.name} has its method and seed; move one away.")
-    cells = [Cell(label, tuple(of_label.values())) for label, of_label in found.items()]
+    """Runs by label, standard training first, and what was left out."""
+    found, named = by_label(runs, label_of)
+    cells = [Cell(label, of_label) for label, of_label in found.items()]
     return sorted(cells, key=lambda cell: (cell.label != STANDARD, cell.label)), named
 
 
@@ -168,15 +150,8 @@ def table(cells: Sequence[Cell]) -> str:
 
 
 def _line(label: str, words: str, top1: list[float], more: Sequence[list[float]]) -> str:
-    numbers = [_readable(top1, 2), _readable(more[0], 2), *(_readable(values, 4) for values in more[1:])]
+    numbers = [readable(top1, 2), readable(more[0], 2), *(readable(values, 4) for values in more[1:])]
     return f"| {label} | {words} | {len(top1)} | {' | '.join(numbers)} |"
-
-
-def _readable(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "–"
-    summary = summarise(values)
-    return f"{summary.mean:.{digits}f}" + ("" if summary.std is None else f" ± {summary.std:.{digits}f}")
 
 
 def together(cell: Cell) -> dict[int, tuple[list[float], list[list[float]]]]:

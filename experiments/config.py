@@ -466,13 +466,8 @@ def validate(config: Config) -> None:
     """
     for key in ("epochs", "batch_size", "eval_every", "eval_batch_size"):
         _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
-    least = 0 if config.eval_start else 1  # no step at all: an evaluation of what it starts from
-    _require(
-        config.max_steps is None or config.max_steps >= least,
-        "max_steps",
-        f"at least {least} or null",
-        config.max_steps,
-    )
+    if not (config.eval_start and config.max_steps == 0):  # an evaluation of what it starts from
+        _require_one_or_null("max_steps", config.max_steps)
     for key in ("micro_batch", "mix_group", "eval_images", "train_images", "overfit_batches"):
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)
@@ -484,9 +479,8 @@ def validate(config: Config) -> None:
     _require(config.repeats >= 1, "repeats", "at least 1", config.repeats)
     held = config.validation_images
     _require(held >= 0, "validation_images", "0 or more", held)
-    _require(held == 0 or config.repeats == 1, "validation_images", "0 with repeats", held)
-    some = config.train_images
-    _require(some is None or config.repeats == 1, "train_images", "null with repeats", some)
+    whole = held == 0 and config.train_images is None
+    _require(whole or config.repeats == 1, "repeats", "1 with validation_images or train_images", config.repeats)
     _require(
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from tract.ops import GradientApart, damped_solve_op, damped_solve_rows_op, mean
 from tract.second_moment import Geometry, unfold
 
 
-class Gathering(nn.Module):
+class Gathering(nn.Module, ABC):
     """A layer that inside :func:`tract.accumulate` gathers what makes its gradient.
 
     Attributes:
@@ -50,13 +51,13 @@ class Gathering(nn.Module):
         gathered, self._gathered = self._gathered, None
         return gathered
 
+    @abstractmethod
     def gathered_gradients(self, gathered: Any) -> dict[str, Tensor]:
         """The gradients by the parameters' names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> nn.Module:
         """The plain layer with the same tensors, hooks and options."""
-        raise NotImplementedError
 
 
 class Gathered:
