@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from experiments.ranks import Ranks
+from tract.subspaces.evaluation import calibration_sums
 
 _BINS = 20  # of the calibration error
 
@@ -55,7 +56,5 @@ def _sums(scores: Tensor, labels: Tensor) -> Tensor:
     loss = F.cross_entropy(scores, labels, reduction="none").double().sum()
     hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
     count = torch.tensor(len(labels), dtype=torch.float64, device=labels.device)
-    confidence = scores.double().softmax(1).amax(1)
-    bins = (_BINS * confidence).long().clamp(max=_BINS - 1)
-    excess = confidence.new_zeros(_BINS).index_add(0, bins, hits[:, 0].double() - confidence)
-    return torch.cat([torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), count]), excess])
+    counts = torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), count])
+    return torch.cat([counts, calibration_sums(scores, labels, _BINS)])

@@ -25,11 +25,15 @@ def expected_calibration_error(logits: Tensor, targets: Tensor, bins: int = 20) 
 
     p is the probability of the predicted class, its confidence (Guo et al., arXiv 1706.04599, equation 3).
     """
+    return calibration_sums(logits, targets, bins).abs().sum().item() / len(targets)
+
+
+def calibration_sums(logits: Tensor, targets: Tensor, bins: int = 20) -> Tensor:
+    """hits_b - confidence_b of each bin, (bins,): parts of a set of samples add up."""
     confidence, predicted = F.softmax(logits.double(), dim=1).max(1)
     excess = (predicted == targets).double() - confidence
     place = (bins * confidence).long().clamp(max=bins - 1)
-    sums = excess.new_zeros(bins).index_add(0, place, excess)
-    return sums.abs().sum().item() / len(targets)
+    return excess.new_zeros(bins).index_add(0, place, excess)
 
 
 def total_variation(logits: Sequence[Tensor]) -> float:
