@@ -146,6 +146,9 @@ class _Noting(Method):
     def carry_average(self, before, after):
         self._note("carry_average")
 
+    def after_average(self, model, average):
+        self._note("after_average")
+
     def evaluated(self, model, occasion):
         yield "test", self.name
         yield f"{self.name}/more", self.name
@@ -164,9 +167,11 @@ def test_every_hook_reaches_every_part_in_order():
         calls.append("inside")
     both.after_step(model, None, 3)
     both.carry_average(model, model)
+    both.after_average(model, model)
     hooks = ["apply", "match", "before_step 3", "in"]
-    expected = [f"{name} {hook}" for hook in hooks for name in ("a", "bb")] + ["inside", "bb out", "a out"]
-    assert calls == expected + [f"{name} {hook}" for hook in ("after_step 3", "carry_average") for name in ("a", "bb")]
+    before = [f"{name} {hook}" for hook in hooks for name in ("a", "bb")] + ["inside", "bb out", "a out"]
+    hooks = ("after_step 3", "carry_average", "after_average")
+    assert calls == before + [f"{name} {hook}" for hook in hooks for name in ("a", "bb")]
     assert float(both.penalty(model)) == 3
     assert Composed(a=Method()).penalty(model) is None
     assert [tag for tag, _ in both.metrics(model)] == ["a/metric", "bb/metric"]

@@ -38,7 +38,6 @@ class Network:
         self._config, self._model, self._method, self._optimizer, self._ranks = config, model, method, optimizer, ranks
         self._may_change = type(method).after_step is not Method.after_step
         self._layout = _Layout(model)
-        self._never_trained = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
         require_held(optimizer, model)
         self.call = self._wrapped()
         self.average = self._averaged()
@@ -54,15 +53,8 @@ class Network:
             self._follow(step)
         if self.average is not None:
             self.average.update_parameters(self._model)
-            self._copy_what_has_no_average()
-
-    @torch.no_grad()
-    def _copy_what_has_no_average(self) -> None:
-        """Counters, and parameters that were frozen from the start, are the model's own."""
-        average, model = self.average.module, self._model
-        for name, own in (*model.named_parameters(), *model.named_buffers()):
-            if name in self._never_trained or not own.is_floating_point():
-                _tensor(average, name).copy_(own)
+            _copy_counters(self._model, self.average.module)
+            self._method.after_average(self._model, self.average.module)
 
     def _follow(self, step: int) -> None:
         now = _Layout(self._model)
@@ -137,9 +129,11 @@ class _Layout:
         return self._shapes | {name: (*self._shapes[name], value) for name, value in zip(new, sums, strict=True)}
 
 
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    path, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(path), leaf)
+def _copy_counters(model: nn.Module, average: nn.Module) -> None:
+    """Whole numbers have no average: they are the model's own."""
+    for own, averaged in zip(model.buffers(), average.buffers(), strict=True):
+        if not own.is_floating_point():
+            averaged.copy_(own)
 
 
 def _shape(tensor: Tensor) -> tuple:

@@ -55,9 +55,9 @@ class Method:
     Order of calls: ``prepare`` and ``apply`` once; on resume ``match``; ``param_groups`` when the
     optimizer is made; per optimizer step ``before_step``, then inside ``accumulating`` (with more
     than one micro-batch) ``before_part`` and a forward and backward pass for each micro-batch,
-    then ``penalty``, then the optimizer's own step, then ``after_step`` and, where that changed
-    the model and a moving average is kept, ``carry_average``; ``evaluated``, ``measured`` and
-    ``metrics`` at each evaluation.
+    then ``penalty``, then the optimizer's own step, then ``after_step``; where a moving average is
+    kept, then ``carry_average`` if the model changed, and ``after_average``; ``evaluated``,
+    ``measured`` and ``metrics`` at each evaluation.
 
     A method keeps nothing between steps but what the step's number and the model's weights and
     buffers tell: a resumed run has only these. Several methods are one by
@@ -125,6 +125,12 @@ class Method:
                 shape are the same, else the model's. Where the old average of a tensor no
                 longer means anything (its basis was rotated), replace the parameter in
                 ``after_step``, and set its average here.
+        """
+
+    def after_average(self, model: nn.Module, average: nn.Module) -> None:
+        """Called after the moving average has taken in a step's weights: set in it what means nothing averaged.
+
+        Frozen parameters and buffers of floating point are averaged as weights are; whole numbers are copied.
         """
 
     def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:

@@ -117,6 +117,11 @@ class Composed(Method):
         for part in self.parts.values():
             part.carry_average(before, after)
 
+    def after_average(self, model: nn.Module, average: nn.Module) -> None:
+        """All parts, one after the other."""
+        for part in self.parts.values():
+            part.after_average(model, average)
+
     def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
         """What the parts say is evaluated; the model itself where none says anything."""
         own = {name: part for name, part in self.parts.items() if type(part).evaluated is not Method.evaluated}

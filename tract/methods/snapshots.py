@@ -95,6 +95,11 @@ class SnapshotMethod(Method):
             model.get_parameter(_ROWS)[row] = parameters_to_vector(_weights(model))
             model.get_buffer(_TAKEN).fill_(row + 1)
 
+    @torch.no_grad()
+    def after_average(self, model: nn.Module, average: nn.Module) -> None:
+        """The average's snapshots are the model's."""
+        average.get_parameter(_ROWS).copy_(model.get_parameter(_ROWS))
+
     def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
         """The network as it is; the snapshots' mean; at the end what else can be made of them."""
         plain, states = _plain_and_snapshots(model)
