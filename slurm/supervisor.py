@@ -8,6 +8,7 @@ when a training process is not.
 what happens                    what this process does
 ==============================  =================================================================
 USR2 (time limit, preemption)   passes it on until every run has saved and left; asks for a requeue
+USR2, before a rank could train ends the other ranks' processes, which wait for it; asks for a requeue
 SIGTERM (requeue, scancel)      passes it on: the runs save and go on until Slurm kills them
 the time is up, no signal came  the runs leave by their deadline; asks for a requeue
 a run is killed                 starts it again here; of several ranks, asks for a requeue
@@ -50,6 +51,7 @@ from slurm.submission import Submission
 from slurm.verdict import Then, judge
 
 _POLL = 0.1  # seconds
+_POLL_RANKS = 1.0  # seconds, since it asks a shared disk
 PATIENCE = 120.0  # seconds to wait for another process: one that seems to train the run, or the first rank
 _MARGIN = 30.0  # seconds between the runs' deadline and the job's end
 SECONDS_TO_NOTICE = 60.0  # for a rank, that another one has gone
@@ -125,6 +127,8 @@ class Supervisor:
         self._waiting: list[RunFolder] = []
         self._failed: list[RunFolder] = []
         self._left: list[RunFolder] = []  # to be continued in the job's next start
+        self._unstarted: list[RunFolder] = []  # those of them that this rank has not begun
+        self._next_look = 0.0  # at what other ranks have left, on the monotonic clock
         self._bad_nodes: set[str] = set()
         self._oom_kills = oom_kills()
 
@@ -145,13 +149,14 @@ class Supervisor:
                 self._stage(held)
                 self._supervise()
             except StoppedError:
-                self._left += self._waiting
+                self._leave_waiting()
             except UserError as error:
                 self._give_up_here(self._waiting, error)
             except OSError as error:  # a shared file system that fails for a moment: start again
                 self._log.say(f"stopped by {type(error).__name__}: {error}")
                 self._end_children()
-                self._left += self._waiting
+                self._leave_waiting()
+            self._tell_other_ranks()
             return self._exit_code()
 
     @property
@@ -161,6 +166,11 @@ class Supervisor:
     @property
     def _in_slurm(self) -> bool:
         return bool(self._place.job_start)
+
+    @property
+    def _job_and_restart(self) -> tuple[str, int]:
+        start = self._place.job_start
+        return start.get("job", "here"), start.get("restart", 0)
 
     def _show_life(self) -> None:
         """For the batch script: this job came to life, so what goes wrong from here on is known here."""
@@ -173,8 +183,7 @@ class Supervisor:
         while self._waiting or self._children:
             self._stopping |= self._end is not None and time.monotonic() > self._end - _MARGIN
             if self._stopping:
-                self._left += self._waiting
-                self._waiting.clear()
+                self._leave_waiting()
             while len(self._children) < self._children.slots and (folder := self._next()) is not None:
                 self._waiting.remove(folder)
                 self._begin(folder)
@@ -182,6 +191,11 @@ class Supervisor:
             for child in self._children.take_ended():
                 self._settle(child)
             time.sleep(_POLL)
+
+    def _leave_waiting(self) -> None:
+        self._left += self._waiting
+        self._unstarted += self._waiting
+        self._waiting.clear()
 
     def _next(self) -> RunFolder | None:
         """The first run that does not start from another one which this job has yet to train."""
@@ -221,8 +235,7 @@ class Supervisor:
         """The runs to train; the first rank decides, the others read what it wrote."""
         if self._place.ranks == 1:
             return self._runs_to_train()
-        start = self._place.job_start
-        path = self._submission.runs_of_ranks(start.get("job", "here"), start.get("restart", 0))
+        path = self._submission.runs_of_ranks(*self._job_and_restart)
         if self._is_first:
             runs = self._runs_to_train()
             try:
@@ -404,11 +417,30 @@ class Supervisor:
         self._stopping |= bool(asks)
         if signal.SIGTERM in heard:
             self._children.pass_term_on()
+        if self._place.ranks > 1:
+            self._heed_ranks()
         for child in self._children:
-            if self._is_first and self._place.ranks > 1:
-                child.end_if_bereaved(SECONDS_TO_NOTICE)
             if self._stopping or (self._is_first and is_cancelled(child.folder)):
                 child.ask_to_stop()
+
+    def _heed_ranks(self) -> None:
+        """End processes that wait in vain for a rank that has failed, or that left before it could train."""
+        if time.monotonic() > self._next_look:
+            self._next_look = time.monotonic() + _POLL_RANKS
+            left = read_json(self._submission.runs_left_by_a_rank(*self._job_and_restart)).get("runs", [])
+            for child in self._children:
+                if str(child.folder) in left:
+                    self._stopping = True
+                    child.process.kill()
+        for child in self._children if self._is_first else ():
+            child.end_if_bereaved(SECONDS_TO_NOTICE)
+
+    def _tell_other_ranks(self) -> None:
+        if self._place.ranks > 1 and self._unstarted:
+            path = self._submission.runs_left_by_a_rank(*self._job_and_restart)
+            with suppress(OSError):
+                path.parent.mkdir(exist_ok=True)
+                write_json(path, {"runs": [str(folder) for folder in self._unstarted]})
 
     def _job_end(self) -> float | None:
         """When Slurm will end this job, on the monotonic clock."""

@@ -357,6 +357,33 @@ def test_a_rank_that_waits_for_one_that_is_gone_is_ended(make_job, monkeypatch):
     assert not (submission / "exclude-12").exists()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_does_not_wait_for_one_that_was_told_to_stop_before_it_could_train(make_job, monkeypatch, rank):
+    """A signal of the first second may reach some ranks only: one leaves its run alone, the other has begun it."""
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setattr(supervisor, "_POLL_RANKS", 0.1)
+    submission = make_job(FOREVER)
+    (submission / "ranks").mkdir()
+    write_json(submission / "ranks" / "12-0.json", {"runs": [str(run_of(submission, 0))]})
+
+    class Told(Notices):
+        def interrupting(self):
+            self._heard.append(signal.SIGUSR2)
+            return super().interrupting()
+
+    def supervise(rank, kind):
+        with kind() as notices:
+            place = Place({"job": "12", "restart": 0}, rank, 2)
+            return Supervisor(Submission.read(submission), 0, 0, notices, place, submission / "code").run()
+
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert supervise(1 - rank, Told) == (75 if rank else 0)
+    assert not starts(submission, 0)
+    assert supervise(rank, Notices) == (0 if rank else 75)
+    assert len(starts(submission, 0)) <= 1
+    assert not failure(submission, 0)
+
+
 def test_staging_that_fails_on_this_node_is_tried_on_others(make_job, monkeypatch, tmp_path):
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     monkeypatch.setenv("SLURMD_NODENAME", "n7")
