@@ -2,7 +2,7 @@
 
     python tests/golden.py METHOD DIR
 
-METHOD is proxprop or subspaces. DIR holds manifest.json and the files that it names. Each case that disagrees
+METHOD is proxprop, subspaces or oialr. DIR holds manifest.json and the files that it names. Each case that disagrees
 gets a line; a kind of case that is not known here disagrees. Exit code 1 if any case does, 2 for wrong words.
 """
 
@@ -20,14 +20,14 @@ if __package__ in (None, ""):
 import numpy as np
 import torch
 
-METHODS = ("proxprop", "subspaces")
+METHODS = ("proxprop", "subspaces", "oialr")
 Check = Callable[[dict, Path], list[str]]
 
 
 def main(arguments: list[str]) -> int:
     """Print what disagrees and how many agree; returns the exit code."""
     if len(arguments) != 2 or arguments[0] not in METHODS:
-        print(f"expected METHOD ({' or '.join(METHODS)}) and DIR, got: {' '.join(arguments) or 'nothing'}.\n{__doc__}")
+        print(f"expected METHOD ({', '.join(METHODS)}) and DIR, got: {' '.join(arguments) or 'nothing'}.\n{__doc__}")
         return 2
     method, folder = arguments[0], Path(arguments[1])
     try:
