@@ -168,9 +168,10 @@ def _value_of_choice(table: DictConfig, choice: str, *, _node_: Node) -> Any:
     return table[choice]
 
 
-def _value_of_recipe(key: str, default: list, *, _root_: DictConfig) -> Any:
+def _value_of_recipe(key: str, default: Any, *, _root_: DictConfig) -> Any:
     """What a recipe says of a component, or what the component's file does."""
-    return OmegaConf.select(_root_.recipe, key, default=OmegaConf.create(default))
+    default = OmegaConf.create(default) if isinstance(default, list | dict) else default
+    return OmegaConf.select(_root_.recipe, key, default=default)
 
 
 OmegaConf.register_new_resolver("nearest", _value_of_nearest, replace=True)

@@ -11,7 +11,17 @@ from PIL import Image, ImageOps
 from scipy import stats
 from torchvision.transforms import v2
 
-from experiments.data.augment import IN_BATCHES, ONE_BY_ONE, augment_one, crop_flip, normalise, pipeline, rotate
+from experiments.data.augment import (
+    IN_BATCHES,
+    ONE_BY_ONE,
+    _posterize,
+    _seeded,
+    augment_one,
+    crop_flip,
+    normalise,
+    pipeline,
+    rotate,
+)
 from experiments.data.draws import Draws
 from experiments.data.options import ImageOptions
 from experiments.randomness import epoch_draws
@@ -110,6 +120,38 @@ def test_rand_augment_has_every_change_at_every_level():
                 bits = 4 - int(level * 0.4)
                 expected = image.int() // 2 ** (8 - bits) * 2 ** (8 - bits)
                 assert np.array_equal(np.array(after), expected.permute(1, 2, 0)), level
+
+
+# Policy, least area, mean and std: OIALR's utils/datasets.py @ e9e885d.
+IMAGENET, CIFAR10 = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)), ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+ERASING = {
+    "rand_augment_erase": ("rand-m15-mstd0.5-inc1", 0.08, *IMAGENET),
+    "rand_augment_erase_small": ("rand-m9-mstd0.5-inc1", 0.8, *CIFAR10),
+}
+
+
+@pytest.mark.parametrize("kind", ERASING)
+def test_erasing_is_timms_of_normalised_images_as_far_as_pixels_go(kind):
+    """The same seeds through timm's whole pipeline: the same pixels, but black and white for what lies beyond."""
+    from timm.data import create_transform
+
+    policy, area, mean, std = ERASING[kind]
+    changes = create_transform(
+        24, is_training=True, auto_augment=policy, mean=mean, std=std, scale=[area, 1.0], interpolation="random",
+        re_prob=0.25, re_mode="pixel",
+    )  # fmt: skip
+    for change in changes.transforms[2].ops:
+        if change.name == "PosterizeIncreasing":
+            change.aug_fn = _posterize
+    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
+    beyond = 0
+    for seed in torch.rand(80, dtype=torch.float64).tolist():
+        image = _images(1, size=32)[0]
+        with _seeded(int(seed * 2**53)):
+            theirs = 255 * (changes(Image.fromarray(image.permute(1, 2, 0).numpy())) * std + mean)
+        assert torch.equal(augment_one(image, seed, kind, 24, "bilinear"), theirs.round().clamp(0, 255).byte())
+        beyond += ((theirs < -1) | (theirs > 256)).any().item()
+    assert 8 < beyond < 36, "a quarter is erased"
 
 
 def test_three_augment_makes_exactly_one_of_three_changes():

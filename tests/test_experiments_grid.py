@@ -27,7 +27,8 @@ PAPER = {
     "table4": 4 * 2,
     "table5": 2 * 2,
     "quickstart": 2 * 2 * 3,
-    # Of the relatives' own papers, see tests/test_proxprop_experiment.py and test_subspace_experiment.py.
+    # Of the relatives' own papers, see tests/test_proxprop_experiment.py, test_subspace_experiment.py and
+    # test_oialr_networks.py.
     "proxprop_mlp": 5 + 1,
     "proxprop_convnet": 3 + 1 + 1,
     "subspaces_cifar10": 3 + 3 * 2,
@@ -37,6 +38,10 @@ PAPER = {
     "subspaces_tiny_imagenet": 4 * 3,
     "subspaces_tiny_imagenet_simplexes": 5 * 2 * 2,
     "subspaces_imagenet": 3 * 3,
+    "oialr_cifar10_minivit": 3 * 3,
+    "oialr_imagenet_vit": 2 * 2 * 3,
+    "oialr_imagenet_resnet": 3 * 3,
+    "oialr_imagenet_resnet50": 2 * 2 * 3,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -21,10 +22,30 @@ from torchvision.transforms import v2
 
 from experiments.data.auto_augment import auto_augment
 
+
+@dataclass(frozen=True)
+class _Erasing:
+    """RandAugment's policy, the least area of the crop, and what erased pixels become."""
+
+    policy: str
+    area: float
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 _RESIZED_CROP = v2.RandomResizedCrop(1)  # asked for places only
 DRAWS = 3  # per image: row of the crop, column of the crop, flip
 IN_BATCHES = ("crop_flip", "none")  # what can be done to whole batches on the device
-PIPELINES = ("three_augment", "three_augment_simple_crop", "rand_augment", "auto_augment")  # of library transforms
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+_ERASED = 0.25  # of the images
+# Of OIALR's authors (Helmholtz-AI-Energy/OIALR @ e9e885d), for ImageNet and CIFAR-10.
+_ERASING = {
+    "rand_augment_erase": _Erasing("rand-m15-mstd0.5-inc1", 0.08, *_IMAGENET),
+    "rand_augment_erase_small": _Erasing("rand-m9-mstd0.5-inc1", 0.8, *_CIFAR10),
+}
+# Of library transforms.
+PIPELINES = ("three_augment", "three_augment_simple_crop", "rand_augment", "auto_augment", *_ERASING)
 ONE_BY_ONE = ("resized_crop", *PIPELINES)  # in loader processes
 
 
@@ -122,7 +143,7 @@ def augment_one(image: Tensor, seed: float, kind: str, size: int, interpolation:
         seed: a uniform number in [0, 1).
         kind: one of ``PIPELINES``; see :func:`pipeline`.
         size: height and width of the result.
-        interpolation: bilinear or bicubic.
+        interpolation: bilinear or bicubic; rand_augment_erase and _small take one of them by chance.
 
     Returns:
         (3, size, size), uint8.
@@ -141,6 +162,10 @@ def pipeline(kind: str, size: int, interpolation: str) -> Callable[[Tensor], Ten
     three_augment_simple_crop: 3-Augment after a resize of the shorter side and a crop from
     four reflected pixels more on each side, DeiT-III's for fine-tuning.
     rand_augment: the resized crop and timm's rand-m9-mstd0.5-inc1.
+    rand_augment_erase: the resized crop, rand-m15-mstd0.5-inc1, and random erasing (arXiv 1708.04896) of a rectangle in
+    a quarter of the images: each of its values becomes a normal one with ImageNet's mean and deviation. Values beyond
+    black and white, which timm has after normalisation, are black and white.
+    rand_augment_erase_small: the same with crops of 80-100 % of the area, rand-m9-mstd0.5-inc1, CIFAR-10's constants.
     """
     if kind == "auto_augment":
         first, secondary = _simple_crop(size, interpolation, "constant"), auto_augment
@@ -149,7 +174,8 @@ def pipeline(kind: str, size: int, interpolation: str) -> Callable[[Tensor], Ten
     if kind == "three_augment_simple_crop":
         first = _simple_crop(size, interpolation, "reflect")
     from_tensor = v2.Lambda(lambda image: Image.fromarray(image.permute(1, 2, 0).numpy()))
-    return v2.Compose([from_tensor, first, secondary, v2.PILToTensor()])
+    last = [_erasing(_ERASING[kind])] if kind in _ERASING else []
+    return v2.Compose([from_tensor, first, secondary, v2.PILToTensor(), *last])
 
 
 def _simple_crop(size: int, interpolation: str, padding_mode: str) -> Callable[[Image.Image], Image.Image]:
@@ -161,7 +187,9 @@ def _timms(kind: str, size: int, interpolation: str) -> tuple[Callable, Callable
     """timm's resized crop and flip, and what follows."""
     from timm.data import create_transform  # takes seconds to import
 
-    policy = "rand-m9-mstd0.5-inc1" if kind == "rand_augment" else "3a"
+    policy, area, mean = "rand-m9-mstd0.5-inc1" if kind == "rand_augment" else "3a", 0.08, _IMAGENET[0]
+    if (erasing := _ERASING.get(kind)) is not None:
+        policy, area, mean, interpolation = erasing.policy, erasing.area, erasing.mean, "random"
     first, secondary, _ = create_transform(
         size,
         is_training=True,
@@ -170,7 +198,8 @@ def _timms(kind: str, size: int, interpolation: str) -> tuple[Callable, Callable
         auto_augment=policy,
         color_jitter=0.3,
         interpolation=interpolation,
-        mean=(0.485, 0.456, 0.406),
+        scale=(area, 1.0),
+        mean=mean,
         hflip=0.5,
         re_prob=0.0,
     )
@@ -178,6 +207,21 @@ def _timms(kind: str, size: int, interpolation: str) -> tuple[Callable, Callable
         if change.name == "PosterizeIncreasing":
             change.aug_fn = _posterize
     return first, secondary
+
+
+def _erasing(options: _Erasing) -> Callable[[Tensor], Tensor]:
+    """timm's random erasing, of uint8."""
+    from timm.data.random_erasing import RandomErasing  # takes seconds to import
+
+    erase = RandomErasing(_ERASED, mode="pixel", device="cpu")
+    mean, std = (torch.tensor(values)[:, None, None] for values in (options.mean, options.std))
+
+    def change(image: Tensor) -> Tensor:
+        normal = erase(torch.full(image.shape, torch.nan))  # numbers where it erases
+        pixels = (255 * (mean + std * normal)).round().clamp(0, 255).nan_to_num().to(torch.uint8)
+        return torch.where(normal.isnan(), image, pixels)
+
+    return v2.Lambda(change)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:

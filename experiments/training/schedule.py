@@ -107,6 +107,87 @@ class GradualCosine:
 
 
 @dataclass(frozen=True)
+class TimmCosine:
+    """timm's cosine with warm-up, restarts and k-decay (arXiv 1608.03983, 2004.05909), as OIALR's trainer drives it.
+
+    Time t counts steps from 0 (``on_updates``) or epochs, T is the first cycle's length, w the warm-up's, m ``min_lr``:
+
+    - t < w: s + t (lr - s) / w, s being ``warmup_lr``;
+    - then, with t - w for t if ``warmup_prefix``, cycle i has the length T c^i (c is ``cycle_mul``) and at u since its
+      start the rate m + (lr d^i - m) (1 + cos(pi u^k / (T c^i)^k)) / 2; d is ``cycle_decay``, k ``k_decay``;
+    - from cycle ``cycle_limit`` on: m.
+
+    T is ``epochs``; where they and the warm-up are longer together than the run, OIALR's trainer takes the warm-up off
+    them. With ``epochs=None`` T is what warm-up (if a prefix) and ``cooldown_epochs`` leave of the run; with ``epochs``
+    given a cooldown changes nothing, as it only says when timm would stop. Rates are absolute.
+
+    Raises:
+        ValueError: an option out of its range, or no epochs left without the warm-up.
+    """
+
+    lr: float
+    epochs: float | None
+    warmup_epochs: float
+    warmup_lr: float
+    warmup_prefix: bool
+    min_lr: float
+    cycle_mul: float
+    cycle_limit: int
+    cycle_decay: float
+    k_decay: float
+    cooldown_epochs: float
+    on_updates: bool
+
+    def __post_init__(self):
+        for key in ("cycle_mul", "k_decay", "cycle_limit"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"expected {key} above 0, got {getattr(self, key)}.")
+        for key in ("warmup_lr", "min_lr", "cycle_decay", "cooldown_epochs"):
+            if not getattr(self, key) >= 0:
+                raise ValueError(f"expected {key} of 0 or more, got {getattr(self, key)}.")
+        if self.epochs is not None and self.epochs <= 0:
+            raise ValueError(f"expected epochs above 0 or null, got {self.epochs}.")
+
+    def factor(self, step: int, steps_per_epoch: int, total_steps: int) -> float:
+        """Multiplier of the base learning rate, which must be ``lr``."""
+        unit = steps_per_epoch if self.on_updates else 1
+        t = step if self.on_updates else step // steps_per_epoch
+        warmup = self.warmup_epochs * unit
+        if t < warmup:
+            return (self.warmup_lr + t * (self.lr - self.warmup_lr) / warmup) / self.lr
+        length = self.cycle_epochs(total_steps / steps_per_epoch) * unit
+        return self._annealed(t - warmup if self.warmup_prefix else t, length) / self.lr
+
+    def cycle_epochs(self, epochs: float) -> float:
+        """Epochs of the first cycle in a run of so many."""
+        if self.epochs is None:
+            left = epochs - self.cooldown_epochs - self.warmup_epochs * self.warmup_prefix
+        else:
+            left = self.epochs - self.warmup_epochs * (self.epochs + self.warmup_epochs > epochs)
+        if left <= 0:
+            raise ValueError(
+                f"expected epochs left for a cosine in a run of {epochs:g}, got {left:g} with "
+                f"schedule.warmup_epochs={self.warmup_epochs:g}; give fewer, or more epochs."
+            )
+        return left
+
+    def _annealed(self, t: float, length: float) -> float:
+        if self.cycle_mul == 1:
+            cycle = math.floor(t / length)
+            since = t - cycle * length
+        else:
+            left = 1 - t / length * (1 - self.cycle_mul)  # cycle_mul^i at the start of cycle i
+            if left <= 0:  # shrinking cycles, and all of them are over
+                return self.min_lr
+            cycle = math.floor(math.log(left, self.cycle_mul))
+            since = t - (1 - self.cycle_mul**cycle) / (1 - self.cycle_mul) * length
+        if cycle >= self.cycle_limit:
+            return self.min_lr
+        progress = max(since / (length * self.cycle_mul**cycle), 0.0) ** self.k_decay
+        return self.min_lr + (self.lr * self.cycle_decay**cycle - self.min_lr) * _half_cosine(progress)
+
+
+@dataclass(frozen=True)
 class Constant:
     """Linear warm-up, then 1."""
 
