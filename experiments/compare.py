@@ -12,9 +12,9 @@ Rules. (1) Each method has a learning rate of its own for each budget: the best 
 training images that are held out, two seeds each, none of which is a seed of the comparison. Nothing else is tuned:
 lambda, tau, beta and eps are those of each method's publication. (2) The comparison trains on all training images and
 reads the test images once the rate is fixed; the last epoch counts. (3) By images, every method sees as many. By
-seconds, it makes as many steps as fit: recipe.seconds over its own seconds per step in its tuning runs by images. So
-runs do not depend on a clock, and the table has what they used. Evaluation is not counted, nor what precedes the first
-step (whitening reads images there). Measure seconds where nothing else runs, with jobs=1. (4) For each seed, all
+seconds, it makes as many steps as fit: recipe.seconds over its own seconds per step, those of the fastest of its
+tuning runs by images. So runs do not depend on a clock, and the table has what they used. Evaluation is not counted,
+nor what precedes the first step (whitening reads images there). Measure where nothing else runs, with jobs=1. (4) For each seed, all
 methods have the same images in the same order with the same augmentation, and the same initial weights but for what a
 method itself sets. (5) Tuning is not free: the table has its runs and seconds. (6) PatchNorm and DualPatchNorm exist
 for networks that cut images into patches; the ResNet goes without.

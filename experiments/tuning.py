@@ -26,6 +26,7 @@ from runfolder.tags import primary_metric, smaller_is_better
 IMAGES, SECONDS = "images", "seconds"
 _SHOWN = 6  # names in one sentence
 _log = logging.getLogger(__name__)
+_said: set[str] = set()
 _folders: dict[str, dict[float, list[RunFolder]]] = {}  # what was composed, which takes longer than reading
 
 
@@ -46,8 +47,8 @@ def derived(experiment: str, overrides: dict[str, Any], tree: DictConfig) -> dic
     """{key: value} that a run of ``recipe.stage`` and ``recipe.budget`` takes over.
 
     With the budget "images" a run has its epochs; with "seconds" as many steps as its method makes in
-    ``recipe.seconds``: floor(seconds / s), s the median over the tuning runs by images of their seconds of training
-    per step. With the stage "final" the rate is the one whose tuning runs by the same budget have the best mean
+    ``recipe.seconds``: floor(seconds / s), s the seconds of training per step of the fastest of the tuning runs by
+    images, since whatever else a machine does makes runs slower. With the stage "final" the rate is the one whose tuning runs by the same budget have the best mean
     primary metric on the images held out (then the lowest loss there; then the lowest rate); a run that failed as its
     numbers were not finite counts as the worst.
 
@@ -63,9 +64,16 @@ def derived(experiment: str, overrides: dict[str, Any], tree: DictConfig) -> dic
     if recipe.stage == "final" and "optim.lr" not in overrides:
         results = _results(experiment, overrides, tree, recipe.budget)
         found["optim.lr"] = best_rate(results)
-        words = f"{tree.model.name}, {tree.method.name}, budget in {recipe.budget}"
-        _log.info("%s: optim.lr=%g (%s)", words, found["optim.lr"], _scores_in_words(results))
+        choice = f"{tree.model.name}, {tree.method.name}, budget in {recipe.budget}: optim.lr={found['optim.lr']:g}"
+        _say(f"{choice} ({_scores_in_words(results)})")
     return found
+
+
+def _say(sentence: str) -> None:
+    """Once, however many seeds there are."""
+    if sentence not in _said:
+        _said.add(sentence)
+        _log.info(sentence)
 
 
 def best_rate(results: dict[float, list[Result | None]]) -> float:
@@ -105,7 +113,7 @@ def _steps(seconds: float, results: dict[float, list[Result | None]]) -> dict[st
         raise UserError(
             "expected a tuning run that has finished, to know its seconds per step, got none; lower the rates."
         )
-    per_step = statistics.median(result["train_seconds"] / result["steps"] for result in finished)
+    per_step = min(result["train_seconds"] / result["steps"] for result in finished)
     steps = math.floor(seconds / per_step)
     if steps < 1:
         raise UserError(

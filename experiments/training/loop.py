@@ -349,11 +349,12 @@ class Trainer:
         """Sizes of what is trained, and of the network that is the result."""
         parameters = list(self.model.parameters())
         used = list(result.parameters()) if isinstance(result, nn.Module) else parameters
-        state = [*parameters, *self.model.buffers(), *state_tensors(self.optimizer)]
+        state = filter(torch.is_tensor, self.model.state_dict().values())
+        kept = [*state, *state_tensors(self.optimizer)]
         return {
             tags.TRAINABLE: sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
             tags.AT_INFERENCE: sum(parameter.numel() for parameter in used),
-            tags.STATE_BYTES: sum(tensor.numel() * tensor.element_size() for tensor in state),
+            tags.STATE_BYTES: sum(tensor.numel() * tensor.element_size() for tensor in kept),
         }
 
     def _evaluated(self) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
