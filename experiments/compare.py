@@ -14,10 +14,10 @@ lambda, tau, beta and eps are those of each method's publication. (2) The compar
 reads the test images once the rate is fixed; the last epoch counts. (3) By images, every method sees as many. By
 seconds, it makes as many steps as fit: recipe.seconds over its own seconds per step, those of the fastest of its
 tuning runs by images. So runs do not depend on a clock, and the table has what they used. Evaluation is not counted,
-nor what precedes the first step (whitening reads images there). Measure where nothing else runs, with jobs=1. (4) For each seed, all
-methods have the same images in the same order with the same augmentation, and the same initial weights but for what a
-method itself sets. (5) Tuning is not free: the table has its runs and seconds. (6) PatchNorm and DualPatchNorm exist
-for networks that cut images into patches; the ResNet goes without.
+nor what precedes the first step (whitening reads images there). Measure where nothing else runs, with jobs=1. (4) For
+each seed, all methods have the same images in the same order with the same augmentation, and the same initial weights
+but for what a method itself sets. (5) Tuning is not free: the table has its runs and seconds. (6) PatchNorm and
+DualPatchNorm exist for networks that cut images into patches; the ResNet goes without.
 
 Cost: 40 + 40 + 50 runs of seconds each for the ResNet, 56 + 56 + 70 for the ViT. Nothing published to compare with.
 """

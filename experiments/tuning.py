@@ -48,9 +48,9 @@ def derived(experiment: str, overrides: dict[str, Any], tree: DictConfig) -> dic
 
     With the budget "images" a run has its epochs; with "seconds" as many steps as its method makes in
     ``recipe.seconds``: floor(seconds / s), s the seconds of training per step of the fastest of the tuning runs by
-    images, since whatever else a machine does makes runs slower. With the stage "final" the rate is the one whose tuning runs by the same budget have the best mean
-    primary metric on the images held out (then the lowest loss there; then the lowest rate); a run that failed as its
-    numbers were not finite counts as the worst.
+    images, since whatever else a machine does makes runs slower. With the stage "final" the rate is the one whose
+    tuning runs by the same budget have the best mean primary metric on the images held out (then the lowest loss
+    there; then the lowest rate); a run that failed as its numbers were not finite counts as the worst.
 
     Raises:
         UntunedError: tuning runs are missing.

@@ -21,7 +21,7 @@ IMAGES_PER_SECOND = "time/images_per_second"
 PEAK_MIB = "memory/peak_mib"
 TRAINABLE = "model/parameters_trainable"
 AT_INFERENCE = "model/parameters_inference"  # of the network that is the result
-STATE_BYTES = "model/state_bytes"  # parameters, buffers and the optimizer's state
+STATE_BYTES = "model/state_bytes"  # what goes from step to step: weights, buffers, the optimizer's state
 
 
 def is_test(tag: str) -> bool:
