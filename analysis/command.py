@@ -11,6 +11,8 @@ from runfolder.errors import EXIT_BAD_INPUT, Parser, UserError
 from runfolder.folder import typed
 from runfolder.printing import print_any_name, printable, reader_has_left
 
+EXIT_NAMED = 1  # with --strict, where anything was named
+
 
 def add_cache_flags(parser: Parser) -> None:
     """Add ``--cache DIR`` and ``--no-cache``."""

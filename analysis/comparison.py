@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from analysis.statistics import PairedDifference, Summary, holm, paired_differen
 from runfolder import tags
 from runfolder.naming import AND
 
+Setting = Callable[[dict[str, Any]], dict[str, Any]]
 _SHOWN = 8  # names in one sentence
 _PACKAGES = ("python", "torchvision", "numpy")  # whose versions matter beside torch's
 
@@ -82,6 +83,7 @@ def build_table(
     baseline: str = "vanilla",
     best: bool = False,
     speedups: bool = False,
+    setting_of: Setting = settings,
 ) -> Table:
     """Group runs into cells and compare each method with the baseline.
 
@@ -92,21 +94,23 @@ def build_table(
         baseline: label or name of the method that the others are compared with.
         best: take each run's best epoch, which selects on the test set.
         speedups: also how much earlier each method reaches the baseline's final value.
+        setting_of: of a configuration, what runs must share to be in one row.
     """
     placed = [run for run in runs if run.config is not None]
-    keys = varying_keys([settings(run.config) for run in placed])
+    keys = varying_keys([setting_of(run.config) for run in placed])
     names = short_names(keys)
     methods = _ordered_methods(placed, baseline)
     reference = find_baseline(methods, baseline)
     named = [problem.text for run in runs for problem in run.problems]
     rows = []
-    for values, places in _grouped(placed, keys):
+    for values, places in _grouped(placed, keys, setting_of):
         cells = {label: cell_of(places.get(label, []), metric, best, named) for label in methods}
         if reference is not None:
             cells = with_differences(cells, reference)
             cells = with_speedups(cells, reference, metric) if speedups else cells
         row = Row({names[key]: value for key, value in zip(keys, values, strict=True)}, cells)
-        named += _missing_seeds(experiment, row, places, dict(zip(keys, values, strict=True)))
+        chosen = dict(zip(keys, values, strict=True)) if setting_of is settings else None
+        named += _missing_seeds(experiment, row, places, chosen)
         rows.append(row)
     rows, count = with_holm(rows)
     named += _single_runs(rows)
@@ -137,12 +141,12 @@ def _ordered_methods(runs: Sequence[Run], baseline: str) -> tuple[str, ...]:
     return tuple(sorted(by_label, key=order))
 
 
-def _grouped(runs: Sequence[Run], keys: Sequence[str]) -> list[tuple[tuple, dict[str, list[Run]]]]:
+def _grouped(runs: Sequence[Run], keys: Sequence[str], setting_of: Setting) -> list[tuple[tuple, dict[str, list[Run]]]]:
     """[(values of the keys, {method label: runs})], rows in natural order."""
     rows: dict[str, tuple[tuple, dict[str, list[Run]]]] = {}
     labels = method_labels([run.config["method"] for run in runs])
     for run, label in zip(runs, labels, strict=True):
-        flat = settings(run.config)
+        flat = setting_of(run.config)
         values = tuple(flat.get(key, ABSENT) for key in keys)
         row = rows.setdefault(repr(values), (values, {}))
         row[1].setdefault(label, []).append(run)
@@ -287,21 +291,21 @@ def with_holm(rows: list[Row]) -> tuple[list[Row], int]:
     return adjusted, sum(p is not None for p in by_t)
 
 
-def _missing_seeds(experiment: str, row: Row, places: dict[str, list[Run]], values: dict[str, Any]) -> list[str]:
+def _missing_seeds(experiment: str, row: Row, places: dict[str, list[Run]], values: dict[str, Any] | None) -> list[str]:
     """Seeds that one method of the row has a folder for and another has not."""
     folders = {run.seed: run.folder for runs in places.values() for run in runs}
     found = []
-    for label in row.cells:
+    for label in row.cells if values is not None else places:
         missing = sorted(folders.keys() - {run.seed for run in places.get(label, [])})
         if missing:
             seeds = ", ".join(map(str, missing))
             others = ", ".join(str(folders[seed]) for seed in missing)
             where = _row_words(row)
-            overrides = _overrides(label, missing, values)
-            found.append(
-                f"missing: {label} with seed {seeds}{where}, which {others} has for another method; "
-                f"start it: `python experiments/{experiment}.py --local {overrides}`."
-            )
+            start = "start the grid of that run again"
+            if values is not None:
+                overrides = _overrides(label, missing, values)
+                start = f"start it: `python experiments/{experiment}.py --local {overrides}`"
+            found.append(f"missing: {label} with seed {seeds}{where}, which {others} has for another method; {start}.")
     return found
 
 

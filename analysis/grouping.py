@@ -111,13 +111,13 @@ def _candidates(key: str) -> list[str]:
 
 
 def method_labels(nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """A label per method node: its name, and the options in which its namesakes differ.
+    """A label per method node: its name, and the options in which its namesakes differ; a seed is the run's.
 
     Example:
         >>> method_labels([{"name": "tract", "lambda_": 0.1}, {"name": "tract", "lambda_": 0.2}, {"name": "vanilla"}])
         ['tract lambda_=0.1', 'tract lambda_=0.2', 'vanilla']
     """
-    flats = [flatten(node) for node in nodes]
+    flats = [{key: v for key, v in flatten(node).items() if key.split(".")[-1] != "seed"} for node in nodes]
     labels = []
     for flat in flats:
         namesakes = [other for other in flats if other["name"] == flat["name"]]

@@ -27,12 +27,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from analysis.command import exit_code
+from analysis.command import EXIT_NAMED, exit_code
 from analysis.drawing import in_style, mean_line, nth_style, target_of, write
 from analysis.load import Run
-from analysis.relatives import by_label, final_values, parser, readable, usable_runs
-from analysis.statistics import summarise
-from analysis.tables import EXIT_NAMED
+from analysis.relatives import by_label, final_values, mean_curve, parser, readable, usable_runs
 from runfolder import tags
 
 EXPERIMENT = "proxprop"
@@ -69,15 +67,7 @@ class Line:
 
     def points(self, metric: str, seconds: bool) -> list[tuple[float, float, float]]:
         """(x, mean, std) at each epoch that all runs have; x is the mean of their seconds."""
-        curves = [run.curve(metric) for run in self.runs]
-        times = [run.curve(tags.TRAIN_SECONDS) for run in self.runs]
-        shared = sorted(set.intersection(*map(set, curves), *(map(set, times) if seconds else ())))
-        found = []
-        for epoch in shared:
-            summary = summarise([curve[epoch] for curve in curves])
-            x = summarise([time[epoch] for time in times]).mean if seconds else epoch
-            found.append((x, summary.mean, summary.std or 0.0))
-        return found
+        return mean_curve(self.runs, metric, seconds)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 from analysis.command import Parser, add_cache_flags, chosen_cache
 from analysis.load import Run, load_runs
 from analysis.statistics import summarise
+from runfolder import tags
 from runfolder.folder import typed
 
 
@@ -58,3 +59,16 @@ def readable(values: Sequence[float], digits: int) -> str:
 def final_values(runs: Iterable[Run], tag: str) -> list[float]:
     """The final values of the runs that have the tag."""
     return [value for run in runs if (value := run.final_value(tag)) is not None]
+
+
+def mean_curve(runs: Sequence[Run], metric: str, seconds: bool) -> list[tuple[float, float, float]]:
+    """(x, mean, std) at each epoch that all runs have; x is the epoch or the mean of their seconds of training."""
+    curves = [run.curve(metric) for run in runs]
+    times = [run.curve(tags.TRAIN_SECONDS) for run in runs]
+    shared = sorted(set.intersection(*map(set, curves), *(map(set, times) if seconds else ())))
+    found = []
+    for epoch in shared:
+        summary = summarise([curve[epoch] for curve in curves])
+        x = summarise([time[epoch] for time in times]).mean if seconds else epoch
+        found.append((x, summary.mean, summary.std or 0.0))
+    return found

@@ -164,12 +164,16 @@ def readable_signed(value: float, metric: str | int) -> str:
 
 def to_markdown(table: Table) -> str:
     """A caption, a pipe table, and what is missing as a list."""
-    rows = [list(map(markdown_cell, readable_row(table, row))) for row in table.rows]
-    names = list(map(markdown_cell, header(table)))
-    body = tabulate(rows, names, tablefmt="pipe", disable_numparse=True) if rows else "(no run with a readable config)"
-    named = "".join(f"- {one_line(sentence)}\n" for sentence in table.named)
-    gaps = f"\nMissing or doubtful ({len(table.named)}):\n\n{named}" if named else ""
-    return f"**{caption(table)}**\n\n{body}\n{gaps}"
+    return markdown(caption(table), header(table), [readable_row(table, row) for row in table.rows], table.named)
+
+
+def markdown(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], named: Sequence[str]) -> str:
+    """Any table of texts likewise."""
+    lines, names = [list(map(markdown_cell, row)) for row in rows], list(map(markdown_cell, names))
+    body = tabulate(lines, names, tablefmt="pipe", disable_numparse=True) if rows else "(no run with a readable config)"
+    sentences = "".join(f"- {one_line(sentence)}\n" for sentence in named)
+    gaps = f"\nMissing or doubtful ({len(named)}):\n\n{sentences}" if named else ""
+    return f"**{title}**\n\n{body}\n{gaps}"
 
 
 def markdown_cell(text: str) -> str:
@@ -185,15 +189,20 @@ def one_line(text: str) -> str:
 def to_latex(table: Table) -> str:
     """A floating table; needs the packages booktabs and textcomp (part of LaTeX since 2020)."""
     rows = [readable_row(table, row) for row in table.rows]
-    lines = [" & ".join(map(latex_escape, words)) + r" \\" for words in rows]
-    columns = "l" * len(table.axes) + "r" * (len(header(table)) - len(table.axes))
-    named = [rf"\item {latex_escape(sentence)}" for sentence in table.named]
-    gaps = [r"\begin{itemize}", *named, r"\end{itemize}"] if named else []
+    return latex(caption(table), header(table), rows, table.named, len(table.axes))
+
+
+def latex(title: str, names: Sequence[str], rows: Sequence[Sequence[str]], named: Sequence[str], words: int) -> str:
+    """Any table of texts likewise, the first so many columns being words."""
+    lines = [" & ".join(map(latex_escape, row)) + r" \\" for row in rows]
+    columns = "l" * words + "r" * (len(names) - words)
+    items = [rf"\item {latex_escape(sentence)}" for sentence in named]
+    gaps = [r"\begin{itemize}", *items, r"\end{itemize}"] if named else []
     return "\n".join([
         "% needs \\usepackage[T1]{fontenc} and \\usepackage{booktabs}",
-        r"\begin{table}", r"\centering", rf"\caption{{{latex_escape(caption(table))}}}",
+        r"\begin{table}", r"\centering", rf"\caption{{{latex_escape(title)}}}",
         rf"\begin{{tabular}}{{{columns or 'l'}}}", r"\toprule",
-        " & ".join(map(latex_escape, header(table))) + r" \\", r"\midrule", *lines, r"\bottomrule",
+        " & ".join(map(latex_escape, names)) + r" \\", r"\midrule", *lines, r"\bottomrule",
         r"\end{tabular}", *gaps, r"\end{table}", "",
     ])  # fmt: skip
 

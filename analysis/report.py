@@ -27,6 +27,7 @@ from matplotlib import pyplot as plt
 
 from analysis.cache import Cache
 from analysis.command import add_cache_flags, chosen_cache, exit_code
+from analysis.compare import comparison_sections
 from analysis.comparison import Cell, Row, Table, commit_of, hardware_of, torch_of
 from analysis.costs import Cost, cost_of, device_hours
 from analysis.curves import MOST_POINTS, packed
@@ -138,6 +139,7 @@ def sections(collection: Collection) -> list[Section]:
     """What is on the page below its head, in order. Another table or figure is another :class:`Section` here."""
     return [
         *(experiment_section(table, collection.numbers) for table in collection.tables),
+        *comparison_sections(collection.runs, collection.numbers),
         *paper_sections(collection.runs, collection.numbers),
         runs_section(collection),
         doubts_section(collection),

@@ -30,12 +30,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.command import exit_code
+from analysis.command import EXIT_NAMED, exit_code
 from analysis.drawing import in_style, mean_line, nth_style, target_of, write
 from analysis.load import Run
 from analysis.relatives import by_label, final_values, parser, readable, usable_runs
 from analysis.statistics import summarise
-from analysis.tables import EXIT_NAMED
 
 EXPERIMENT = "subspaces"
 STANDARD = "standard training"

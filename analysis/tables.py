@@ -27,7 +27,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis.cache import Cache
-from analysis.command import add_cache_flags, chosen_cache, exit_code
+from analysis.command import EXIT_NAMED, add_cache_flags, chosen_cache, exit_code
+from analysis.compare import EXPERIMENT as COMPARISON
+from analysis.compare import accuracies
 from analysis.comparison import Table, build_table
 from analysis.explain import explain, find, numbers_of
 from analysis.load import Run, load_runs
@@ -41,7 +43,6 @@ from runfolder.printing import printable
 from runfolder.tags import primary_metric
 
 _SUFFIX = {"md": "md", "latex": "tex", "csv": "csv", "json": "json"}
-EXIT_NAMED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -132,12 +133,10 @@ def tables_from(
     """As :func:`tables_of`, of runs that are loaded already."""
     if metric is not None:
         _require_metric([run for group in runs.values() for run in group], metric)
-    tables = [
-        build_table(
-            name, group, metric or primary_metric(*(run.result for run in group)), baseline or "vanilla", best, speedups
-        )
-        for name, group in runs.items()
-    ]
+    tables = []
+    for name, group in runs.items():
+        arguments = (metric or primary_metric(*(run.result for run in group)), baseline or "vanilla", best, speedups)
+        tables.append(accuracies(group, *arguments) if name == COMPARISON else build_table(name, group, *arguments))
     if baseline is not None and all(table.baseline is None for table in tables):
         known = nearest(baseline, {label for table in tables for label in table.methods})
         raise UserError(f"expected --baseline to be one method, got {baseline}; {known}.")

@@ -44,7 +44,7 @@ GROUPS = ("stage", *COMPONENTS, "debug")
 # such a run is found under its name.
 _LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0, "corruption": None, "severity": None}}
 _LATER_ABOVE = {"eval_train": False, "eval_start": False, "train_images": None, "validation_images": 0}
-_LATER_ABOVE |= {"validation_from": "spread"}
+_LATER_ABOVE |= {"validation_from": "spread", "budget_seconds": None}
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
@@ -117,6 +117,7 @@ class Config:
     seed: int = 0
     epochs: int = MISSING
     max_steps: int | None = None  # end (and let the schedule end) after so many steps
+    budget_seconds: float | None = None  # of training, for which max_steps was chosen; only noted
     batch_size: int = MISSING
     micro_batch: int | None = None  # most images in one forward pass of one rank; more are accumulated
     drop_last: bool = False
@@ -254,6 +255,9 @@ def compose_config(experiment: str, overrides: dict[str, Any]) -> Config:
     known = _flat_keys(tree)
     for key, value in overrides.items():
         if key not in GROUPS:
+            _set(tree, key, value, known)
+    if (derived := tree.recipe.get("derived")) is not None:  # by the function of this dotted name
+        for key, value in get_object(derived)(experiment, overrides, tree).items():
             _set(tree, key, value, known)
     config = from_tree(tree)
     if config.start_from is not None and "?" in config.start_from:
@@ -469,6 +473,8 @@ def validate(config: Config) -> None:
         _require(getattr(config, key) >= 1, key, "at least 1", getattr(config, key))
     if not (config.eval_start and config.max_steps == 0):  # an evaluation of what it starts from
         _require_one_or_null("max_steps", config.max_steps)
+    budget = config.budget_seconds
+    _require(budget is None or 0 < budget < math.inf, "budget_seconds", "above 0 or null", budget)
     for key in ("micro_batch", "mix_group", "eval_images", "train_images", "overfit_batches"):
         _require_one_or_null(key, getattr(config, key))
     _require(0 <= config.seed < 2**32, "seed", "0 to 2^32 - 1", config.seed)

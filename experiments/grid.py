@@ -1,7 +1,7 @@
 """A grid file and command-line choices -> the full list of runs, in a fixed order. Pure.
 
-A grid (``conf/grid/*.yaml``) names its experiment, may ``set`` values for all runs, and
-lists axes; its runs are the product of the axes. An axis value is a plain value of the key
+A grid (``conf/grid/*.yaml``) names its experiment, may ``set`` values for all runs, may have a ``note`` for
+whoever starts it, and lists axes; its runs are the product of the axes. An axis value is a plain value of the key
 the axis is named after, or a mapping of several keys (then the axis's name is free).
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from experiments.config import CONF, Config, compose_config, run_name
+from experiments.tuning import UntunedError
 from runfolder.errors import UserError, nearest
 
 Point = dict[str, Any]
@@ -75,13 +76,21 @@ def plan(experiment: str, grid_name: str, choices: dict[str, list[Any]]) -> list
 
     Raises:
         UserError: a bad grid or choice; no two runs may be the same.
+        UntunedError: runs that decide on values of these are missing; all of them.
     """
     grid = load_grid(grid_name)
     if grid["experiment"] != experiment:
         raise UserError(
             f"grid={grid_name} belongs to {grid['experiment']}; {experiment} has {_words(grids(experiment))}."
         )
-    configs = [compose_config(experiment, point) for point in points(grid, choices)]
+    configs, missing = [], []
+    for point in points(grid, choices):
+        try:
+            configs.append(compose_config(experiment, point))
+        except UntunedError as error:
+            missing += error.folders
+    if missing:
+        raise UntunedError(missing)
     names = [run_name(config) for config in configs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -35,6 +35,7 @@ class Result(TypedDict, total=False):
     weights_sha256: str
     attempts: int  # that were needed
     seconds: float  # of training and evaluation, over all attempts
+    train_seconds: float  # without evaluations
     finished: str  # UTC, ISO 8601
 
 

@@ -3,7 +3,7 @@
 ``train/*`` are means over the steps since the last point, at optimizer steps. All others are
 written at an evaluation, at epochs counted from 1: ``test/*`` (and ``NAME/*`` of every other
 predictor that a method evaluates), ``val/*`` and ``fit/*`` (the same on held-out and on training
-images), ``time/*``, ``memory/*`` and a method's own. Epoch 0 is before the first step.
+images), ``time/*``, ``memory/*``, ``model/*`` and a method's own. Epoch 0 is before the first step.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ EPOCH_SECONDS = "time/epoch_seconds"
 TRAIN_SECONDS = "time/train_seconds"  # since the first step, without evaluations
 IMAGES_PER_SECOND = "time/images_per_second"
 PEAK_MIB = "memory/peak_mib"
+TRAINABLE = "model/parameters_trainable"
+AT_INFERENCE = "model/parameters_inference"  # of the network that is the result
+STATE_BYTES = "model/state_bytes"  # what goes from step to step: weights, buffers, the optimizer's state
 
 
 def is_test(tag: str) -> bool:

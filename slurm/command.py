@@ -23,7 +23,7 @@ from experiments.config import (
     run_name,
     to_tree,
 )
-from experiments.grid import grids
+from experiments.grid import grids, load_grid
 from experiments.grid import plan as planned
 from runfolder import naming
 from runfolder.errors import (
@@ -115,6 +115,8 @@ def _run_grid(experiment: str, grid: str, options: argparse.Namespace, overrides
     name = str(_single("grid", overrides.pop("grid", [grid])))
     cluster = _cluster(overrides)
     configs = planned(experiment, name, overrides)
+    if note := load_grid(name).get("note"):
+        print(f"note: {note}")
     if not options.dry_run:
         return train_here(experiment, configs, jobs) if options.local else submit(experiment, configs, cluster)
     try:

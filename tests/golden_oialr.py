@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torchvision
 
+from tests import golden_oialr_schedule
 from tests.golden import arrays
 from tract.methods.oialr import OIALRMethod
 from tract.oialr.bases import basis, blurred, decomposed, stability, stable_rank, tall
@@ -37,6 +38,8 @@ _DEFAULTS = {
 
 def check(case: dict, folder: Path) -> list[str]:
     """What disagrees in one case of manifest.json."""
+    if case["kind"] == "lr_schedule":
+        return golden_oialr_schedule.check(case, folder)
     compare = _KINDS.get(case["kind"])
     if compare is None:
         return [f"unknown kind {case['kind']!r}"]

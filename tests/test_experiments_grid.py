@@ -4,6 +4,7 @@ import re
 import pytest
 import yaml
 
+from experiments import tuning
 from experiments.config import CONF, choices_of, compose_config, parse_overrides, run_name
 from experiments.grid import grids, load_grid, plan, points
 from experiments.training.loop import total_steps
@@ -42,7 +43,19 @@ PAPER = {
     "oialr_imagenet_vit": 2 * 2 * 3,
     "oialr_imagenet_resnet": 3 * 3,
     "oialr_imagenet_resnet50": 2 * 2 * 3,
+    # Of our own comparison, see tests/test_compare.py.
+    "compare_resnet_tune": 5 * 4 * 2,
+    "compare_resnet": 5 * 2 * 5,
+    "compare_vit_tune": 7 * 4 * 2,
+    "compare_vit": 7 * 2 * 5,
 }
+
+
+@pytest.fixture(autouse=True)
+def _tuned(monkeypatch):
+    """Tuning that has been done: without run folders."""
+    done = {"metrics": {"val/top1": 1.0, "val/loss": 1.0}, "train_seconds": 1.0, "steps": 10, "epochs": 2}
+    monkeypatch.setattr(tuning, "_results", lambda *_: {0.01: [done]})
 
 
 def _plan(name, **choices):
@@ -60,7 +73,7 @@ def test_a_grid_composes_into_distinct_runs_as_many_as_it_says(name):
 
 @pytest.mark.parametrize("name", grids())
 def test_a_grid_file_has_nothing_but_what_is_read(name):
-    assert set(load_grid(name)) <= {"experiment", "set", "axes"}
+    assert set(load_grid(name)) <= {"experiment", "note", "set", "axes"}
 
 
 def test_the_order_of_runs_is_that_of_nested_loops_the_last_axis_fastest():

@@ -131,6 +131,7 @@ def test_evaluation_equals_scikit_learns(tmp_path):
 
 EPOCH_TAGS = {"test/loss", "test/top1", "test/top5", "test/ece", "time/epoch_seconds", "time/train_seconds"}
 EPOCH_TAGS |= {"memory/peak_mib", "time/images_per_second"}
+EPOCH_TAGS |= {"model/parameters_trainable", "model/parameters_inference", "model/state_bytes"}
 
 
 @pytest.mark.parametrize(

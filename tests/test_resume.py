@@ -34,6 +34,7 @@ VARIANTS = {
     "layerwise curve": ({"method": "curve", "method.layerwise": "true", "method.points": 3}, 1),
     "snapshots": ({"method": "swa", "method.count": 3, "method.samples": 2, "method.points": 0}, 1),
     "simplex on two ranks": ({"method": "simplex", "method.members": 2, "ema_decay": 0.9, "micro_batch": 30}, 2),
+    "whitening on two ranks": ({"method": "whitening", "ema_decay": 0.9}, 2),
     "two ranks": ({"ema_decay": 0.9, "drop_last": "true"}, 2),  # BatchNorm: its statistics differ between ranks
 }
 
@@ -200,6 +201,7 @@ def test_mixed_copies_train_the_same_on_any_ranks_and_in_micro_batches(machine, 
         ["line", "method.points=3"],
         ["simplex", "method.layerwise=true", "method.members=2"],
         ["swa", "method.count=3"],
+        ["whitening"],
     ],
     ids=" ".join,
 )

@@ -11,6 +11,7 @@ import multiprocessing
 import signal
 import weakref
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,6 +144,13 @@ class Batches:
         parts = [part for part in parts if len(part) == self.batch_size or not self._drop_last]
         parts += [numbers[:0]] * (-len(parts) % self.ranks.size)
         return self._made("train", parts[self.ranks.rank :: self.ranks.size], None)
+
+    def some(self, count: int) -> Iterator[Any]:
+        """So many of the images that are trained on, or all: spread evenly, not augmented, alike on all ranks."""
+        numbers = np.arange(len(self.data.train)) if self._trained is None else self._trained
+        numbers = numbers[_chosen(len(numbers), min(count, len(numbers)))]
+        parts = [numbers[at : at + self.batch_size] for at in range(0, len(numbers), self.batch_size)]
+        return (images for images, _ in self._made("train", parts, None))
 
     def global_count(self, step: int) -> int:
         """Images of batch ``step`` of an epoch over all ranks."""

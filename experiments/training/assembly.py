@@ -79,7 +79,7 @@ def build_trainer(
     task = data.task(config, len(data.classes))
     if config.runtime.save_outputs and not isinstance(task, Classification):
         raise UserError(f"expected runtime.save_outputs=false for {task.name}, which has no class scores of images.")
-    model, method, applied = _network(config, task, data, batches.steps_per_epoch, device)
+    model, method, applied = _network(config, task, data, batches, device)
     if state is not None:
         method.match(model, state["model"])
     else:
@@ -119,7 +119,7 @@ def build_batches(config: Config, data: Data, ranks: Ranks, device: torch.device
 
 
 def _network(
-    config: Config, task: Task, data: Data, steps_per_epoch: int, device: torch.device
+    config: Config, task: Task, data: Data, batches: Batches, device: torch.device
 ) -> tuple[nn.Module, Method, str | None]:
     """The model on its device with the method applied, the method, and what it says it did."""
     task.require_network()
@@ -132,7 +132,8 @@ def _network(
         model = network()
     with _refusal_is_bad_input("method"):
         method = build(config.method)
-        method.prepare(Setting(network, total_steps(config, steps_per_epoch), steps_per_epoch))
+        steps = total_steps(config, batches.steps_per_epoch)
+        method.prepare(Setting(network, steps, batches.steps_per_epoch, batches.some))
         applied = method.apply(model)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     return model.to(device, memory_format=memory_format), method, applied

@@ -24,7 +24,7 @@ from experiments.ranks import Ranks
 from experiments.tasks.base import Batch, Task
 from experiments.training.log import RunLog
 from experiments.training.network import Network
-from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name
+from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name, state_tensors
 from experiments.training.stop import StoppedError, StopRequest, Wish
 from runfolder import tags
 from runfolder.errors import SupersededError, TrainingFailedError
@@ -323,7 +323,7 @@ class Trainer:
     def _evaluate(self) -> None:
         speed = self.images_per_second() if self._speed_images else None
         self._count_seconds()
-        metrics = {}
+        metrics, facts = {}, {}
         # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
         self.ranks.share(self.model.buffers())
         if self.network.average is not None:
@@ -332,6 +332,8 @@ class Trainer:
         for name, part, predictor in self._evaluated():  # stopped in between, the whole evaluation is repeated
             images = len(self.batches.evaluated[part])
             kept = [] if self.config.runtime.save_outputs and not metrics and self._occasion().last else None
+            facts = facts or self._facts(predictor)
+            predictor = self._in_use(predictor)
             batches, used = self.batches.test(part), predictor if kept is None else _keeping(predictor, kept)
             result = self.task.evaluate(used, batches, images, self.ranks, self._heed)
             if kept is not None:
@@ -341,19 +343,31 @@ class Trainer:
             metrics |= {f"{name}/{key}": value for key, value in self._mean_over_test(measure).items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds(training=False)
-        self._record(metrics, speed)
+        self._record(metrics, facts, speed)
+
+    def _facts(self, result: Callable[[Any], Any]) -> dict[str, float]:
+        """Sizes of what is trained, and of the network that is the result."""
+        parameters = list(self.model.parameters())
+        used = list(result.parameters()) if isinstance(result, nn.Module) else parameters
+        state = filter(torch.is_tensor, self.model.state_dict().values())
+        kept = [*state, *state_tensors(self.optimizer)]
+        return {
+            tags.TRAINABLE: sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+            tags.AT_INFERENCE: sum(parameter.numel() for parameter in used),
+            tags.STATE_BYTES: sum(tensor.numel() * tensor.element_size() for tensor in kept),
+        }
 
     def _evaluated(self) -> Iterator[tuple[str, str, Callable[[Any], Any]]]:
         """(tag, part of the images, predictor): all on the test set, the first on what else is evaluated too."""
         others = [part for part in self.batches.evaluated if part != "test"]
         for number, (name, predictor) in enumerate(self.method.evaluated(self.model, self._occasion())):
-            yield name, "test", self._in_use(predictor)
+            yield name, "test", predictor
             for part in () if number else others:
-                yield part, part, self._in_use(predictor)
+                yield part, part, predictor
         if self.network.average is not None:
             average = self.network.average.module.eval()
             for number, (name, predictor) in enumerate(self.method.evaluated(average, self._occasion())):
-                yield f"ema/{name}" if number else "ema", "test", self._in_use(predictor)
+                yield f"ema/{name}" if number else "ema", "test", predictor
 
     def _occasion(self) -> Occasion:
         return Occasion(self._plain_images, self.ranks.sum, self.progress.step == self.total_steps)
@@ -396,14 +410,14 @@ class Trainer:
 
         return predict
 
-    def _record(self, metrics: dict[str, float], speed: float | None) -> None:
+    def _record(self, metrics: dict[str, float], facts: dict[str, float], speed: float | None) -> None:
         progress = self.progress
         epoch = math.ceil(progress.step / self.batches.steps_per_epoch)
         times = {tags.EPOCH_SECONDS: progress.epoch_seconds, tags.TRAIN_SECONDS: progress.train_seconds}
         times[tags.PEAK_MIB] = _peak_mib(self.device)
         if speed is not None:
             times[tags.IMAGES_PER_SECOND] = speed
-        for tag, value in (metrics | times).items():
+        for tag, value in (metrics | times | facts).items():
             self.log.scalar(tag, value, epoch)
         progress.evaluated, progress.epoch_seconds, progress.metrics = progress.step, 0.0, metrics
         figures = ", ".join(f"{tag} {value:.4g}" for tag, value in metrics.items())

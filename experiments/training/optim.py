@@ -69,6 +69,11 @@ def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[st
     return {"state": state, "groups": groups}
 
 
+def state_tensors(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """All tensors that an optimizer keeps between steps."""
+    return [value for entries in optimizer.state.values() for value in entries.values() if torch.is_tensor(value)]
+
+
 def load_state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module, state: dict[str, Any]) -> None:
     """Put a state from :func:`state_by_name` into an optimizer of the same parameters, however it groups them."""
     named = dict(model.named_parameters())

@@ -158,6 +158,7 @@ def _result(config: Config, trainer: Trainer, attempts: int) -> Result:
         "weights_sha256": checkpoint.weights_digest(trainer.model),
         "attempts": attempts,
         "seconds": round(trainer.progress.seconds, 3),
+        "train_seconds": round(trainer.progress.train_seconds, 3),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

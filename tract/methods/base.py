@@ -26,11 +26,14 @@ class Setting:
         another: makes the network anew, with other random numbers.
         steps: optimizer steps of the whole run.
         steps_per_epoch: likewise of an epoch.
+        images: so many of the images that are trained on (or all, if there are fewer), spread evenly, in batches,
+            without augmentation: the same ones on every rank.
     """
 
     another: Callable[[], nn.Module]
     steps: int
     steps_per_epoch: int
+    images: Callable[[int], Iterable[Tensor]] = lambda count: ()
 
 
 @dataclass(frozen=True)

@@ -53,10 +53,6 @@ class Checks:
         number = self.number(step)
         if not number:
             return []
-        each = int((count - 1) * self.layer_share) or count
+        each, pause = int((count - 1) * self.layer_share) or count, max(1, self.pause)
         first = [(count - 1 - index) // each + 1 for index in range(count)]  # check of each layer
-        return [
-            index
-            for index in range(count)
-            if number >= first[index] and not (number - first[index]) % max(1, self.pause)
-        ]
+        return [index for index in range(count) if number >= first[index] and not (number - first[index]) % pause]
