@@ -23,6 +23,7 @@ METHODS = {
     "line": {"method.points": 3},
     "curve": {"method.points": 3, "method.layerwise": True},
     "simplex": {"method.members": 2},
+    "oialr": {"method.delay": 3, "method.stability_frequency": 2, "method.sigma_cutoff_fraction": 0.3},
     "whitening": {"method.images": 200},
     "swa": {"method.start": 0.0, "method.count": 3, "method.samples": 2, "method.points": 2},
 }

@@ -21,7 +21,7 @@ import torchvision
 from tests import golden_oialr_schedule
 from tests.golden import arrays
 from tract.methods.oialr import OIALRMethod
-from tract.oialr.bases import basis, blurred, decomposed, stability, stable_rank, tall
+from tract.oialr.bases import Factors, basis, blurred, decomposed, stability, stable_rank, tall
 from tract.oialr.checks import Checks
 from tract.oialr.layers import LowRankLayer, counts, dense_layer, eligible_layers, low_rank_layers, to_low_rank
 from tract.oialr.updates import apply_update, converted_moments, moved, updated
@@ -269,8 +269,11 @@ def _param_counts(case: dict, given: dict) -> list[str]:
     if model is None:  # only the converted layers are described
         model, method = _stand_in(config, given), None
     else:
-        method = OIALRMethod(**_DEFAULTS | config["options"] | {"delay": 0})
+        method = OIALRMethod(**_DEFAULTS | config["options"])
         method.apply(model)
+        chosen = eligible_layers(model, method.keep_first, method.keep_last)
+        ranks = {name: min(tall(model.get_submodule(name).weight).shape) for name in chosen}
+        method.match(model, {f"{name}.s": torch.zeros(rank, rank) for name, rank in ranks.items()})
     faults.same("converted", list(low_rank_layers(model)), config["converted"])
     layers = low_rank_layers(model).values()
     faults.same("ranks", [int(layer.rank) for layer in layers], given["ranks"].tolist())
@@ -306,8 +309,8 @@ def _stand_in(config: dict, given: dict) -> nn.Module:
     for name, (long, short) in zip(config["converted"], sides, strict=True):
         model.register_module(name, nn.Linear(short, long, bias=False))
     model.rest = nn.Parameter(torch.zeros(biases))
-    for name in config["converted"]:
-        to_low_rank(model, name, decomposed(model.get_submodule(name).weight))
+    for name, (long, short) in zip(config["converted"], sides, strict=True):
+        to_low_rank(model, name, Factors(torch.zeros(long, short), torch.zeros(short), torch.zeros(short, short)))
     return model
 
 
