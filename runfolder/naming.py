@@ -82,7 +82,7 @@ def run_name(tree: dict[str, Any]) -> str:
 
 
 def _name_and_numbers(node: dict[str, Any]) -> str:
-    return "".join([node["name"], *(f"{value:g}" for value in node.values() if isinstance(value, float))])
+    return node["name"] + "_".join(f"{value:g}" for value in node.values() if isinstance(value, float))
 
 
 def parts(node: dict[str, Any]) -> dict[str, dict[str, Any]]:

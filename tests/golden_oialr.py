@@ -203,7 +203,7 @@ def _legacy(case: dict, given: dict) -> list[str]:
         "sigma_cutoff_fraction": fraction, "keep_last_layer": False,
     })  # fmt: skip
     method.apply(model)
-    optimizer = torch.optim.SGD(method.param_groups(model), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step, name in enumerate(("w1", "w2")):
         with torch.no_grad():
             model[0].weight.copy_(given[name])
@@ -357,7 +357,7 @@ def _trace(case: dict, given: dict) -> list[str]:
     first_bases = {e["layer"]: [given[f"ev{e['index']}.{name}"] for name in ("u0", "vh0")] for e in reversed(events)}
     _align(model, first_bases)
     kind = getattr(torch.optim, config["optimizer"]["name"])
-    optimizer = kind(method.param_groups(model), **{k: v for k, v in config["optimizer"].items() if k != "name"})
+    optimizer = kind(model.parameters(), **{k: v for k, v in config["optimizer"].items() if k != "name"})
     for step in range(1, config["steps"] + 1):
         due = [event for event in events if event["step"] == step]
         before = {e["layer"]: _state(model.get_submodule(e["layer"])) for e in due}

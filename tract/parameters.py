@@ -67,6 +67,11 @@ def remove_from(optimizer: Optimizer, old: nn.Parameter) -> None:
     optimizer.state.pop(old, None)
 
 
+def is_held(optimizer: Optimizer, parameter: nn.Parameter) -> bool:
+    """Whether the optimizer holds this parameter; it need not hold frozen ones."""
+    return any(held is parameter for group in optimizer.param_groups for held in group["params"])
+
+
 def _place(optimizer: Optimizer, parameter: nn.Parameter) -> tuple[dict, int]:
     for group in optimizer.param_groups:
         for position, held in enumerate(group["params"]):

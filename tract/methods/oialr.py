@@ -34,7 +34,7 @@ from tract.oialr.updates import (
     projected,
     updated,
 )
-from tract.parameters import replace_in
+from tract.parameters import add_to, is_held, remove_from, replace_in
 
 Freeze = Literal["conversion", "stability", "never"]
 _FREEZES = ("conversion", "stability", "never")
@@ -165,10 +165,6 @@ class OIALRMethod(Method):
             size = len(saved)
             to_low_rank(model, name, Factors(empty(len(matrix), size), empty(size), empty(size, matrix.shape[1])))
 
-    def param_groups(self, model: nn.Module) -> list[dict]:
-        """What trains: no frozen bases."""
-        return [{"params": [parameter for parameter in model.parameters() if parameter.requires_grad]}]
-
     # -- training -----------------------------------------------------------------------
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -233,13 +229,17 @@ class OIALRMethod(Method):
     def _turn(
         self, name: str, layer: LowRankLayer, update: tuple[Tensor, ...], optimizer: torch.optim.Optimizer | None
     ) -> None:
-        old = layer.s
+        old = {own: layer._parameters[own] for own in ("u", "s", "vh")}
         left, right = apply_update(layer, update, self.reshapes)
         if optimizer is not None:
             cuts = self.reshapes or self.moments == "rotated"
             move = moved(left, right, self.moments) if cuts else (lambda _, moment: moment)
-            replace_in(optimizer, old, layer.s, move)
-        self._carries[name] = lambda average: left.mT @ average.s.double() @ right.mT
+            replace_in(optimizer, old["s"], layer.s, move)
+            for frozen in ("u", "vh"):
+                if is_held(optimizer, old[frozen]):
+                    replace_in(optimizer, old[frozen], layer._parameters[frozen])
+        earlier = self._carries.get(name, lambda average: average.s.double())  # a conversion in the same step
+        self._carries[name] = lambda average: left.mT @ earlier(average) @ right.mT
 
     def _convert(self, model: nn.Module, names: list[str], optimizer: torch.optim.Optimizer | None) -> None:
         """All layers at once, each with the first singular values of its weight."""
@@ -255,10 +255,15 @@ class OIALRMethod(Method):
     def _become_low_rank(
         self, model: nn.Module, name: str, factors: Factors, optimizer: torch.optim.Optimizer | None
     ) -> None:
-        weight = _weight(model.get_submodule(name))
+        plain = model.get_submodule(name)
         layer = to_low_rank(model, name, factors)
         if optimizer is not None:
-            replace_in(optimizer, weight, layer.s, converted_moments(factors, tall, self.moments))
+            replace_in(optimizer, _weight(plain), layer.s, converted_moments(factors, tall, self.moments))
+            for frozen in (layer.u, layer.vh):
+                add_to(optimizer, frozen, beside=layer.s)
+            reference = plain._parameters.get(_REFERENCE)
+            if reference is not None and is_held(optimizer, reference):
+                remove_from(optimizer, reference)
 
         def carried(average: nn.Module) -> Tensor:
             return projected(factors.u, tall(_weight(average)), factors.vh, squares=False)

@@ -42,8 +42,18 @@ def decomposed(weight: Tensor, rank: int | None = None) -> Factors:
         weight: shape (outputs, ...), finite.
         rank: 1 to n.
     """
-    u, sigma, vh = torch.linalg.svd(tall(weight.detach()).double(), full_matrices=False)
+    u, sigma, vh = signed_svd(tall(weight.detach()).double())
     return Factors(u[:, :rank], sigma[:rank], vh[:rank])
+
+
+def signed_svd(matrix: Tensor) -> Factors:
+    """The reduced SVD; of each left singular vector the entry that is largest in size is positive.
+
+    So that small differences (of hardware, precision, order of sums) do not turn a direction round.
+    """
+    u, sigma, vh = torch.linalg.svd(matrix, full_matrices=False)
+    signs = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+    return Factors(u * signs, sigma, signs.mT * vh)
 
 
 def basis(u: Tensor, vh: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tract.distributed import world_size
-from tract.oialr.bases import Factors, basis, kept_rank, mixing_distance, stability
+from tract.oialr.bases import Factors, basis, kept_rank, mixing_distance, signed_svd, stability
 from tract.oialr.layers import LowRankLayer
 from tract.parameters import Move
 
@@ -86,7 +86,7 @@ def updated(layer: LowRankLayer, fraction: float) -> tuple[Tensor, ...]:
         all float64.
     """
     u, s, vh = (parameter.detach().double() for parameter in (layer.u, layer.s, layer.vh))
-    left, sigma, right = torch.linalg.svd(s)
+    left, sigma, right = signed_svd(s)
     rank = kept_rank(sigma, fraction, int(layer.rank), min(layer.u.shape[0], layer.vh.shape[1]))
     left, right = left[:, :rank], right[:rank]
     turned = stability(basis(u, vh), basis(u @ left, right @ vh))
@@ -111,7 +111,7 @@ def apply_update(layer: LowRankLayer, update: Sequence[Tensor], reshape: bool) -
     layer.stability.fill_(turned)
     layer.distance.fill_(apart)
     if not reshape and before > rank:
-        full_left, full_sigma, full_right = torch.linalg.svd(layer.s.detach().double())
+        full_left, full_sigma, full_right = signed_svd(layer.s.detach().double())
         if rank < int(layer.rank):
             full_left[:, rank:], full_sigma[rank:], full_right[rank:] = 0, 0, 0
         left, sigma, right = full_left, full_sigma, full_right
