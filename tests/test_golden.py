@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.linalg
 
 from tests import golden
 
@@ -164,6 +165,60 @@ def test_a_wrong_number_of_subspaces_disagrees(tmp_path, capsys, file, key):
     assert line.startswith(f"{file}: ")
     assert key in line
     assert last == "2 of 3 cases agree"
+
+
+def _oialr_cases(folder):
+    """An update by NumPy's SVD, stability as cosines of polar factors, and a schedule counted out."""
+    rng = np.random.default_rng(8)
+    u, vh = (np.linalg.qr(rng.normal(size=size))[0] for size in ((9, 5), (5, 5)))
+    s = np.diag([1.0, 0.7, 0.4, 0.2, 0.1]) @ np.linalg.qr(rng.normal(size=(5, 5)))[0]
+    left, sigma, right = np.linalg.svd(s)
+    after = {"u1": u @ left[:, :3], "s1": np.diag(sigma[:3]), "vh1": right[:3] @ vh}
+    weight = after["u1"] @ after["s1"] @ after["vh1"]
+    np.savez(folder / "update.npz", u0=u, s0=s, vh0=vh, sigma_full=sigma, w1=weight, **after)
+    one, other = rng.normal(size=(7, 4)), rng.normal(size=(7, 4))
+    bases = [w @ np.linalg.inv(scipy.linalg.sqrtm(w.T @ w)) for w in (one, other)]
+    columns = (bases[0] * bases[1]).sum(0) / np.linalg.norm(bases[0], axis=0) / np.linalg.norm(bases[1], axis=0)
+    numbers = {"basis1": bases[0], "basis2": bases[1], "s1": np.linalg.svd(one)[1], "per_column": columns}
+    np.savez(folder / "stability.npz", w1=one, w2=other, stability=columns.mean(), **numbers)
+    events = [(3, 2), (5, 1), (5, 2), (7, 0), (7, 1), (7, 2)]
+    np.savez(folder / "schedule.npz", events=events, checks=3, next_iteration=0)
+    options = {"delay": 3, "stability_frequency": 2, "network_layer_perc_step": 0.99}
+    update = {"layer": "linear", "shape": [9, 5], "sigma_cutoff_fraction": 0.3, "reinit_shapes": True}
+    return [
+        {"name": "update", "kind": "rank_update", "config": update | {"k_before": 5, "k_after": 3}},
+        {"name": "stability", "kind": "stability_metric", "config": {}},
+        {
+            "name": "schedule",
+            "kind": "check_schedule",
+            "config": {"low_rank_layers": 3, "steps": 8, "options": options},
+        },
+    ]
+
+
+def _written(folder, cases):
+    cases = [{"file": f"{case['name']}.npz", "tolerance_abs": 1e-6} | case for case in cases]
+    (folder / "manifest.json").write_text(json.dumps({"cases": cases}))
+
+
+def test_vectors_of_oialr_by_hand(tmp_path, capsys):
+    _written(tmp_path, [*_oialr_cases(tmp_path), {"name": "new", "kind": "sphere", "file": "update.npz"}])
+    assert golden.main(["oialr", str(tmp_path)]) == 1
+    line, last = capsys.readouterr().out.splitlines()
+    assert line == "new: unknown kind 'sphere'"
+    assert last == "3 of 4 cases agree"
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [("update", "s1"), ("update", "u1"), ("update", "w1"), ("stability", "per_column"), ("schedule", "checks")],
+)
+def test_a_wrong_number_of_oialr_disagrees(tmp_path, capsys, file, key):
+    _written(tmp_path, _oialr_cases(tmp_path))
+    arrays = dict(np.load(tmp_path / f"{file}.npz"))
+    np.savez(tmp_path / f"{file}.npz", **arrays | {key: arrays[key] * 1.0001 + (key == "checks")})
+    assert golden.main(["oialr", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 of 3 cases agree"
 
 
 @pytest.mark.parametrize("words", [[], ["proxprop"], ["tract", "."], ["proxprop", "nowhere"]])

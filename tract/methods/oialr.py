@@ -217,7 +217,7 @@ class OIALRMethod(Method):
             return updated(layer, self.fraction)
         now, reference = as_tall(layer), tall(layer._parameters[_REFERENCE].detach()).double()
         if not reference.any():  # the first check of this layer
-            return (now.new_full((2,), math.nan),)
+            return (now.new_full((2,), math.inf),)
         factors, before = decomposed(now), decomposed(reference)
         turned = stability(basis(before.u, before.vh), basis(factors.u, factors.vh))
         numbers = torch.stack([turned, mixing_distance(reference, now)])
@@ -284,7 +284,7 @@ class OIALRMethod(Method):
             yield f"oialr/rank/{name}", float(layer.rank if low else min(tall(_weight(layer)).shape))
             if low or _REFERENCE in layer._parameters:
                 for tag, value in (("stability", layer.stability), ("mixing_distance", layer.distance)):
-                    if not value.isnan():
+                    if value.isfinite():
                         yield f"oialr/{tag}/{name}", value.item()
 
     def measured(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Measure]]:
@@ -313,8 +313,8 @@ def _track(layer: nn.Module) -> None:
     """Keep the weight of the last check beside a dense layer's, and what was found then."""
     weight = _weight(layer)
     layer.register_parameter(_REFERENCE, nn.Parameter(torch.zeros_like(weight), requires_grad=False))
-    layer.register_buffer("stability", weight.detach().new_full((), math.nan))
-    layer.register_buffer("distance", weight.detach().new_full((), math.nan))
+    layer.register_buffer("stability", weight.detach().new_full((), math.inf))
+    layer.register_buffer("distance", weight.detach().new_full((), math.inf))
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

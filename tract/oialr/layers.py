@@ -28,7 +28,7 @@ class LowRankLayer(nn.Module):
     Attributes:
         dense_shape: of the weight.
         rank: how many singular values count; k, unless the shapes are kept (``reinit_shapes=False``).
-        stability: of the basis at the last check; NaN before the first.
+        stability: of the basis at the last check; infinite before the first.
         distance: by how much the mixing matrix has moved since the check before; likewise.
         checked: the diagonal of Sigma after the last check, shape (k,).
     """
@@ -211,7 +211,7 @@ def to_low_rank(model: nn.Module, name: str, factors: Factors) -> LowRankLayer:
         value = value.to(dense).contiguous()
         low.register_parameter(own, nn.Parameter(value, requires_grad=own == "s" and dense.requires_grad))
     for record in ("stability", "distance"):
-        low.register_buffer(record, dense.new_full((), math.nan))
+        low.register_buffer(record, dense.new_full((), math.inf))
     low.register_buffer("rank", torch.tensor(len(factors.sigma), device=dense.device))
     low.register_buffer("checked", factors.sigma.to(dense))
     replace_module(model, layer, low)
