@@ -39,8 +39,8 @@ from tract.parameters import add_to, is_held, remove_from, replace_in
 Freeze = Literal["conversion", "stability", "never"]
 _FREEZES = ("conversion", "stability", "never")
 _REFERENCE = "reference"
-# Makes an average's Sigma, (k, k), from the average's layer before.
-_Carry = Callable[[nn.Module], Tensor]
+# The model's layer, and what makes an average's Sigma, (k, k), of the average's layer before.
+_Carry = tuple[LowRankLayer, Callable[[nn.Module], Tensor]]
 
 
 class OIALRMethod(Method):
@@ -175,19 +175,13 @@ class OIALRMethod(Method):
         self._check(model, optimizer, step + 2)
 
     def carry_average(self, before: nn.Module, after: nn.Module) -> None:
-        """The average's Sigma in the new bases: the best there is where the average has left them."""
-        own = dict(after.named_modules())
-        for name, carry in self._carries.items():
+        """The model's bases, and Sigma in them: the best there is where the average has left them."""
+        for name, (layer, sigma_of) in self._carries.items():
+            twin = after.get_submodule(name)
             with torch.no_grad():
-                own[name].s.copy_(carry(before.get_submodule(name)))
-
-    @torch.no_grad()
-    def after_average(self, model: nn.Module, average: nn.Module) -> None:
-        """The average has the model's bases; its Sigma is averaged."""
-        for name, layer in low_rank_layers(model).items():
-            twin = average.get_submodule(name)
-            twin.u.copy_(layer.u)
-            twin.vh.copy_(layer.vh)
+                twin.u.copy_(layer.u)
+                twin.vh.copy_(layer.vh)
+                twin.s.copy_(sigma_of(before.get_submodule(name)))
 
     def _check(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, forward_pass: int) -> None:
         if self.fixed or not self.checks.number(forward_pass):
@@ -238,8 +232,8 @@ class OIALRMethod(Method):
             for frozen in ("u", "vh"):
                 if is_held(optimizer, old[frozen]):
                     replace_in(optimizer, old[frozen], layer._parameters[frozen])
-        earlier = self._carries.get(name, lambda average: average.s.double())  # a conversion in the same step
-        self._carries[name] = lambda average: left.mT @ earlier(average) @ right.mT
+        _, earlier = self._carries.get(name, (layer, lambda average: average.s.double()))  # converted in this step
+        self._carries[name] = layer, lambda average: left.mT @ earlier(average) @ right.mT
 
     def _convert(self, model: nn.Module, names: list[str], optimizer: torch.optim.Optimizer | None) -> None:
         """All layers at once, each with the first singular values of its weight."""
@@ -268,7 +262,7 @@ class OIALRMethod(Method):
         def carried(average: nn.Module) -> Tensor:
             return projected(factors.u, tall(_weight(average)), factors.vh, squares=False)
 
-        self._carries[name] = carried
+        self._carries[name] = layer, carried
 
     # -- what is said of it -------------------------------------------------------------
 
