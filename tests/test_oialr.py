@@ -77,6 +77,10 @@ def test_stability_knows_turning_and_nothing_else():
     other = decomposed(mixed)
     assert stability(basis(one.u, one.vh), basis(other.u, other.vh)) == pytest.approx(1)
     assert stability(basis(one.u, one.vh), -basis(one.u, one.vh)) == pytest.approx(-1)
+    unrelated = decomposed(torch.randn(30, 20, dtype=torch.float64))
+    pairs = zip(basis(one.u, one.vh).mT, basis(unrelated.u, unrelated.vh).mT, strict=True)
+    cosines = [float(a @ b / a.norm() / b.norm()) for a, b in pairs]
+    assert stability(basis(one.u, one.vh), basis(unrelated.u, unrelated.vh)) == pytest.approx(np.mean(cosines))
     # The basis is the nearest matrix with orthonormal columns: the polar factor.
     polar, _ = scipy.linalg.polar(weight.numpy())
     np.testing.assert_allclose(basis(one.u, one.vh).numpy(), polar, atol=1e-12)
@@ -117,6 +121,9 @@ def test_singular_vectors_keep_their_signs_under_small_changes():
     one, other = signed_svd(matrix), signed_svd(matrix + 1e-9 * torch.randn_like(matrix))
     torch.testing.assert_close(one.u, other.u, atol=1e-6, rtol=0)
     torch.testing.assert_close(one.u * one.sigma @ one.vh, matrix)
+    negative = signed_svd(-matrix)  # the other singular vectors take the sign
+    torch.testing.assert_close(negative.u, one.u)
+    torch.testing.assert_close(negative.vh, -one.vh)
 
 
 # -- checks --------------------------------------------------------------------------------
