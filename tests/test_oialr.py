@@ -121,9 +121,7 @@ def test_singular_vectors_keep_their_signs_under_small_changes():
     one, other = signed_svd(matrix), signed_svd(matrix + 1e-9 * torch.randn_like(matrix))
     torch.testing.assert_close(one.u, other.u, atol=1e-6, rtol=0)
     torch.testing.assert_close(one.u * one.sigma @ one.vh, matrix)
-    negative = signed_svd(-matrix)  # the other singular vectors take the sign
-    torch.testing.assert_close(negative.u, one.u)
-    torch.testing.assert_close(negative.vh, -one.vh)
+    assert all(column[column.abs().argmax()] > 0 for column in one.u.mT)
 
 
 # -- checks --------------------------------------------------------------------------------
