@@ -217,6 +217,7 @@ print("loading", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_trainer_that_ends_in_the_middle_does_not_wait_for_its_loader_processes_and_says_nothing_of_them():
     root = Path(__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}

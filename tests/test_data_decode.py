@@ -245,6 +245,7 @@ def test_a_run_goes_on_with_the_data_it_began_with_or_says_which_differ(tmp_path
     assert main("quickstart", "", "quickstart", ["--resume", str(folder)]) == 0
 
 
+@pytest.mark.slow
 def test_a_bad_image_in_a_loader_process_is_one_sentence(tmp_path):
     base = synsets(tmp_path / "in", {"zz.png": b"no image"})
     (base / "val").rename(base / "test")

@@ -301,6 +301,7 @@ def test_two_ranks_equal_one(undisturbed):
         _close(one[key], two[key], rtol=1e-3, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_compiled(machine, undisturbed, tmp_path):
     codes = machine.start(_words({"compile": "true", "optim": "sgd"}), runs=tmp_path, ranks=2)
     assert codes == [0, 0], machine.output()

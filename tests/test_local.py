@@ -132,6 +132,7 @@ def state_words(runs: Path, capsys) -> list[str]:
     return [run["state"] for run in json.loads(capsys.readouterr().out)["runs"]]
 
 
+@pytest.mark.slow
 def test_status_shows_a_local_grid_and_stops_single_runs(tmp_path, capsys):
     """Of three runs that would take hours the first is cancelled; the second, queued till then, takes its place."""
     process = subprocess.Popen(

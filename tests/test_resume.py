@@ -169,7 +169,13 @@ def test_killed_at_random_moments(machine, undisturbed, tmp_path, capsys, seed):
     assert_same(tmp_path, undisturbed("in memory"), capsys)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "in memory"])
+QUICK = ("loader processes", "ema, bf16, accumulation", "two ranks", "low rank")
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS if name != "in memory"],
+)
 def test_killed_in_every_variant(machine, undisturbed, tmp_path, capsys, variant):
     extra, ranks = VARIANTS[variant]
     for place, count in [("forward", 8), ("evaluation", 3), ("half a checkpoint", 2)]:
@@ -206,6 +212,7 @@ def test_mixed_copies_train_the_same_on_any_ranks_and_in_micro_batches(machine, 
             torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

@@ -163,6 +163,7 @@ def test_a_grid_is_trained_as_on_this_machine(login, tmp_path):
     assert submitted == table(login, tmp_path / "here")
 
 
+@pytest.mark.slow
 @needs_slurm
 def test_two_submitters_at_once_submit_everything_once(login):
     """Every run has one job in the queue, and it is the one that its claim names."""
@@ -391,6 +392,7 @@ def test_what_runs_is_what_was_submitted(login, tmp_path):
 # -- without a scheduler ----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_without_a_scheduler_runs_go_on_here(tmp_path):
     """Returns while the second run, which would take hours, goes on; `cancelled` ends it."""
     words = [sys.executable, str(ROOT / "experiments" / "quickstart.py"), "--submit", *ONE, "runtime.threads=1"]

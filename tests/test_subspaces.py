@@ -418,7 +418,7 @@ def test_new_coefficients_do_not_compile_anew():
             torch.testing.assert_close(compiled(images()), twin(images()))
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_backward_pass_may_come_after_the_next_point(backend):
     torch.compiler.reset()
     model, _ = subspace(Line(), lambda: nn.Sequential(nn.Linear(4, 3), nn.LayerNorm(3)))
