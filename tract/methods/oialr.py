@@ -289,7 +289,7 @@ class OIALRMethod(Method):
             if not known:
                 known["flops_step"] = _operations(model, images, backward=True) / len(images)
                 known["flops_inference"] = _operations(factorised(model), images, backward=False) / len(images)
-            return {name: torch.full((len(images),), value, dtype=torch.float64) for name, value in known.items()}
+            return {name: images.new_full((len(images),), value, dtype=torch.float64) for name, value in known.items()}
 
         yield "oialr", measure
 
