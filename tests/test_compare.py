@@ -100,6 +100,14 @@ def test_the_rate_is_the_one_with_the_best_mean_on_the_images_held_out(found, be
     assert tuning.best_rate(results(**found)) == best
 
 
+def test_of_an_error_the_smallest_is_best():
+    found = results(**{"0.1": [(9, 1), (8, 1)], "0.2": [(3, 2), (4, 2)]})
+    for result in (result for own in found.values() for result in own):
+        result["primary_metric"] = "test/error"
+        result["metrics"]["val/error"] = result["metrics"].pop("val/top1")
+    assert tuning.best_rate(found) == 0.2
+
+
 def test_no_rate_that_trains_is_one_sentence():
     with pytest.raises(UserError, match="not finite with all of 0.1, 0.2; tune with lower ones"):
         tuning.best_rate(results(**{"0.1": [None], "0.2": [None]}))
@@ -162,17 +170,22 @@ def test_each_method_network_and_budget_has_a_tuning_of_its_own(tmp_path):
 def test_tuning_that_is_missing_is_named_run_by_run_for_the_whole_plan(tmp_path, capsys):
     written(tmp_path, {0.003: (90, 1), 0.01: (80, 1)})
     words = [f"{key}={value}".replace("'", "").replace(" ", "") for key, value in TINY.items()]
-    words += [f"runtime.runs={tmp_path}", "method=vanilla,tract", "recipe.budget=images"]
+    words += [f"runtime.runs={tmp_path}", "method=vanilla,tract,whitening", "recipe.budget=images"]
     assert main("compare", "", "compare_resnet", ["--dry-run", *words]) == 2
     said = capsys.readouterr().err
-    point = TINY | {"runtime.runs": str(tmp_path), "stage": "tune", "method": "tract", "seed": 100}
-    names = [run_name(compose_config("compare", point | {"optim.lr": rate})) for rate in (0.003, 0.01)]
-    assert f"got 2 that are not: {names[0]}, {names[1]}; make them first" in said
+    point = TINY | {"runtime.runs": str(tmp_path), "stage": "tune", "seed": 100}
+    names = [
+        run_name(compose_config("compare", point | {"method": method, "optim.lr": rate}))
+        for method in ("tract", "whitening")
+        for rate in (0.003, 0.01)
+    ]
+    assert f"got 4 that are not: {', '.join(names)}; make them first" in said
     assert said.count("\n") == 1
-    written(tmp_path, {0.003: (90, 1), 0.01: (80, 1)}, method="tract")
+    for method in ("tract", "whitening"):
+        written(tmp_path, {0.003: (90, 1), 0.01: (80, 1)}, method=method)
     assert main("compare", "", "compare_resnet", ["--dry-run", *words]) == 0
     shown = capsys.readouterr().out
-    assert "10 runs: 10 missing" in shown
+    assert "15 runs: 15 missing" in shown
     assert "note: without patchnorm and dual_patchnorm, which normalise patches" in shown
 
 
