@@ -202,7 +202,11 @@ def test_a_run_that_failed_otherwise_is_not_finished(tmp_path):
     ("words", "message"),
     [
         (["recipe.budget=hours"], "expected recipe.budget to be images or seconds, got 'hours'"),
-        (["stage=tune", "data=flowers102"], "this recipe has no validation_images for flowers102"),
+        (["stage=tune", "data=flowers102", "runtime.gpus=0"], "this recipe has no validation_images for flowers102"),
+        (
+            ["stage=final", "optim=sgd", "optim.lr=0.1", "recipe.budget=seconds"],
+            "this recipe has no recipe.rates for sgd",
+        ),
         (["budget_seconds=0"], "expected budget_seconds to be above 0 or null, got 0"),
     ],
 )
