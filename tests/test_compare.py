@@ -308,6 +308,7 @@ def test_the_table_has_what_the_folders_say(runs, tmp_path, capsys):
         assert other["extra_bytes"] == -(2 * 4 * 72 + 4)
     assert any("lowest or highest tried" in sentence for sentence in content["named"])
     assert any("without patchnorm and dual_patchnorm" in sentence for sentence in content["named"])
+    assert not any("several times" in sentence for sentence in content["named"])  # as tuning runs would be
 
 
 def test_a_budget_in_seconds_is_as_many_steps_as_the_tuning_by_images_says(runs):
