@@ -12,6 +12,7 @@ import torch
 from analysis import compare as report
 from analysis import report as page
 from analysis import tables
+from analysis.grouping import method_labels
 from analysis.load import load_runs
 from experiments import tuning
 from experiments.config import compose_config, folder_of, run_name, to_tree
@@ -369,3 +370,13 @@ def test_runs_of_several_tunings_in_one_cell_are_named(runs, tmp_path):
     found = load_runs(runs, "compare")["compare"] + load_runs(tmp_path, "compare")["compare"]
     named = report.compare(found).named
     assert any(f"vanilla, {NETWORK}, 2 epochs: runs of several rates" in sentence for sentence in named)
+
+
+def test_a_method_that_a_network_goes_without_is_not_missing_there(runs, tmp_path):
+    run(compose_config("compare", TINY | {"runtime.runs": str(tmp_path), "model": "vit_small", "method": "patchnorm"}))
+    found = load_runs(runs, "compare")["compare"] + load_runs(tmp_path, "compare")["compare"]
+    assert not any(sentence.startswith("missing: patchnorm") for sentence in report.compare(found).named)
+
+
+def test_the_seed_of_a_method_makes_no_label_of_its_own():
+    assert method_labels([{"name": "line", "seed": seed} for seed in (0, 1)]) == ["line", "line"]
