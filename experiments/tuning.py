@@ -60,13 +60,22 @@ def derived(experiment: str, overrides: dict[str, Any], tree: DictConfig) -> dic
     if recipe.budget not in (IMAGES, SECONDS):
         raise UserError(f"expected recipe.budget to be {IMAGES} or {SECONDS}, got {recipe.budget!r}.")
     if recipe.budget == SECONDS:
-        found |= _steps(recipe.seconds, _results(experiment, overrides, tree, IMAGES))
+        found |= _steps(_listed(tree, "seconds", "budgets", "data"), _results(experiment, overrides, tree, IMAGES))
     if recipe.stage == "final" and "optim.lr" not in overrides:
         results = _results(experiment, overrides, tree, recipe.budget)
         found["optim.lr"] = best_rate(results)
         choice = f"{tree.model.name}, {tree.method.name}, budget in {recipe.budget}: optim.lr={found['optim.lr']:g}"
         _say(f"{choice} ({_scores_in_words(results)})")
     return found
+
+
+def _listed(tree: DictConfig, key: str, table: str, group: str) -> Any:
+    """A value of the recipe, or the one that a table of it has for the component chosen."""
+    value, choice = tree.recipe[key], tree[group].name
+    if value is None and choice not in tree.recipe[table]:
+        known = ", ".join(tree.recipe[table])
+        raise UserError(f"this recipe has no recipe.{key} for {choice}, only for {known}; give recipe.{key}=VALUE.")
+    return tree.recipe[table][choice] if value is None else value
 
 
 def _say(sentence: str) -> None:
@@ -128,7 +137,7 @@ def _results(
 ) -> dict[float, list[Result | None]]:
     """By rate, the results of its tuning runs; None of one whose numbers were not finite."""
     recipe, found, missing = tree.recipe, {}, []
-    rates, seeds = ([float(rate) for rate in recipe.rates], list(recipe.tuning_seeds))
+    rates, seeds = [float(rate) for rate in _listed(tree, "rates", "searched", "optim")], list(recipe.tuning_seeds)
     fixed = {key: value for key, value in overrides.items() if key not in ("seed", "stage", "optim.lr")}
     fixed |= {"stage": "tune", "recipe.budget": budget}
     key = repr((str(config.CONF), experiment, sorted((k, str(v)) for k, v in fixed.items()), rates, seeds))

@@ -51,7 +51,7 @@ def test_every_requirement_is_pinned():
 FLOORS = [
     ["runfolder"],
     ["tract"],
-    ["experiments.config", "experiments.grid", "experiments.ranks", "experiments.randomness"],
+    ["experiments.config", "experiments.grid", "experiments.tuning", "experiments.ranks", "experiments.randomness"],
     ["experiments.models"],
     ["experiments.tasks"],
     ["experiments.data"],

@@ -12,6 +12,7 @@ import torch
 from analysis import compare as report
 from analysis import report as page
 from analysis import tables
+from analysis.grouping import method_labels
 from analysis.load import load_runs
 from experiments import tuning
 from experiments.config import compose_config, folder_of, run_name, to_tree
@@ -100,6 +101,14 @@ def test_the_rate_is_the_one_with_the_best_mean_on_the_images_held_out(found, be
     assert tuning.best_rate(results(**found)) == best
 
 
+def test_of_an_error_the_smallest_is_best():
+    found = results(**{"0.1": [(9, 1), (8, 1)], "0.2": [(3, 2), (4, 2)]})
+    for result in (result for own in found.values() for result in own):
+        result["primary_metric"] = "test/error"
+        result["metrics"]["val/error"] = result["metrics"].pop("val/top1")
+    assert tuning.best_rate(found) == 0.2
+
+
 def test_no_rate_that_trains_is_one_sentence():
     with pytest.raises(UserError, match="not finite with all of 0.1, 0.2; tune with lower ones"):
         tuning.best_rate(results(**{"0.1": [None], "0.2": [None]}))
@@ -162,17 +171,22 @@ def test_each_method_network_and_budget_has_a_tuning_of_its_own(tmp_path):
 def test_tuning_that_is_missing_is_named_run_by_run_for_the_whole_plan(tmp_path, capsys):
     written(tmp_path, {0.003: (90, 1), 0.01: (80, 1)})
     words = [f"{key}={value}".replace("'", "").replace(" ", "") for key, value in TINY.items()]
-    words += [f"runtime.runs={tmp_path}", "method=vanilla,tract", "recipe.budget=images"]
+    words += [f"runtime.runs={tmp_path}", "method=vanilla,tract,whitening", "recipe.budget=images"]
     assert main("compare", "", "compare_resnet", ["--dry-run", *words]) == 2
     said = capsys.readouterr().err
-    point = TINY | {"runtime.runs": str(tmp_path), "stage": "tune", "method": "tract", "seed": 100}
-    names = [run_name(compose_config("compare", point | {"optim.lr": rate})) for rate in (0.003, 0.01)]
-    assert f"got 2 that are not: {names[0]}, {names[1]}; make them first" in said
+    point = TINY | {"runtime.runs": str(tmp_path), "stage": "tune", "seed": 100}
+    names = [
+        run_name(compose_config("compare", point | {"method": method, "optim.lr": rate}))
+        for method in ("tract", "whitening")
+        for rate in (0.003, 0.01)
+    ]
+    assert f"got 4 that are not: {', '.join(names)}; make them first" in said
     assert said.count("\n") == 1
-    written(tmp_path, {0.003: (90, 1), 0.01: (80, 1)}, method="tract")
+    for method in ("tract", "whitening"):
+        written(tmp_path, {0.003: (90, 1), 0.01: (80, 1)}, method=method)
     assert main("compare", "", "compare_resnet", ["--dry-run", *words]) == 0
     shown = capsys.readouterr().out
-    assert "10 runs: 10 missing" in shown
+    assert "15 runs: 15 missing" in shown
     assert "note: without patchnorm and dual_patchnorm, which normalise patches" in shown
 
 
@@ -189,7 +203,11 @@ def test_a_run_that_failed_otherwise_is_not_finished(tmp_path):
     ("words", "message"),
     [
         (["recipe.budget=hours"], "expected recipe.budget to be images or seconds, got 'hours'"),
-        (["stage=tune", "data=flowers102"], "this recipe has no validation_images for flowers102"),
+        (["stage=tune", "data=flowers102", "runtime.gpus=0"], "this recipe has no validation_images for flowers102"),
+        (
+            ["stage=final", "optim=sgd", "optim.lr=0.1", "recipe.budget=seconds"],
+            "this recipe has no recipe.rates for sgd",
+        ),
         (["budget_seconds=0"], "expected budget_seconds to be above 0 or null, got 0"),
     ],
 )
@@ -291,6 +309,7 @@ def test_the_table_has_what_the_folders_say(runs, tmp_path, capsys):
         assert other["extra_bytes"] == -(2 * 4 * 72 + 4)
     assert any("lowest or highest tried" in sentence for sentence in content["named"])
     assert any("without patchnorm and dual_patchnorm" in sentence for sentence in content["named"])
+    assert not any("several times" in sentence for sentence in content["named"])  # as tuning runs would be
 
 
 def test_a_budget_in_seconds_is_as_many_steps_as_the_tuning_by_images_says(runs):
@@ -351,3 +370,13 @@ def test_runs_of_several_tunings_in_one_cell_are_named(runs, tmp_path):
     found = load_runs(runs, "compare")["compare"] + load_runs(tmp_path, "compare")["compare"]
     named = report.compare(found).named
     assert any(f"vanilla, {NETWORK}, 2 epochs: runs of several rates" in sentence for sentence in named)
+
+
+def test_a_method_that_a_network_goes_without_is_not_missing_there(runs, tmp_path):
+    run(compose_config("compare", TINY | {"runtime.runs": str(tmp_path), "model": "vit_small", "method": "patchnorm"}))
+    found = load_runs(runs, "compare")["compare"] + load_runs(tmp_path, "compare")["compare"]
+    assert not any(sentence.startswith("missing: patchnorm") for sentence in report.compare(found).named)
+
+
+def test_the_seed_of_a_method_makes_no_label_of_its_own():
+    assert method_labels([{"name": "line", "seed": seed} for seed in (0, 1)]) == ["line", "line"]
