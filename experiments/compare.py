@@ -2,10 +2,10 @@
 
 python experiments/compare.py --local grid=compare_resnet_tune                          1. rates, by images
 python experiments/compare.py --local grid=compare_resnet_tune recipe.budget=seconds    2. rates, by seconds
-python experiments/compare.py --local                                                   3. the comparison: 50 runs
+python experiments/compare.py --local                                                   3. the comparison: 60 runs
 python analysis/compare.py                                                              its table and plot
 
-The same with grid=compare_vit_tune and grid=compare_vit (70 runs), and with data=cifar10 in all of them. --submit
+The same with grid=compare_vit_tune and grid=compare_vit (80 runs), and with data=cifar10 in all of them. --submit
 and --dry-run take the same words. A step that lacks runs of the one before says which.
 
 Rules. (1) Each method has a learning rate of its own for each budget: the best of the same four, by accuracy on
@@ -19,7 +19,7 @@ each seed, all methods have the same images in the same order with the same augm
 but for what a method itself sets. (5) Tuning is not free: the table has its runs and seconds. (6) PatchNorm and
 DualPatchNorm exist for networks that cut images into patches; the ResNet goes without.
 
-Cost: 40 + 40 + 50 runs of seconds each for the ResNet, 56 + 56 + 70 for the ViT. Nothing published to compare with.
+Cost: 48 + 48 + 60 runs of seconds each for the ResNet, 64 + 64 + 80 for the ViT. Nothing published to compare with.
 """
 
 import logging

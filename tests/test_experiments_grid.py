@@ -44,10 +44,10 @@ PAPER = {
     "oialr_imagenet_resnet": 3 * 3,
     "oialr_imagenet_resnet50": 2 * 2 * 3,
     # Of our own comparison, see tests/test_compare.py.
-    "compare_resnet_tune": 5 * 4 * 2,
-    "compare_resnet": 5 * 2 * 5,
-    "compare_vit_tune": 7 * 4 * 2,
-    "compare_vit": 7 * 2 * 5,
+    "compare_resnet_tune": 6 * 4 * 2,
+    "compare_resnet": 6 * 2 * 5,
+    "compare_vit_tune": 8 * 4 * 2,
+    "compare_vit": 8 * 2 * 5,
 }
 
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from tract.methods.base import Measure, Method, Occasion
+from tract.methods.base import Measure, Method, Occasion, Predictor
 from tract.oialr.bases import Factors, basis, decomposed, mixing_distance, stability, stable_rank, tall
 from tract.oialr.checks import Checks
 from tract.oialr.layers import (
@@ -280,6 +280,10 @@ class OIALRMethod(Method):
                 for tag, value in (("stability", layer.stability), ("mixing_distance", layer.distance)):
                     if value.isfinite():
                         yield f"oialr/{tag}/{name}", value.item()
+
+    def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
+        """The network for inference, with two plain layers for a low-rank one where that is smaller."""
+        yield "test", factorised(model)
 
     def measured(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Measure]]:
         """Floating point operations for each image, of a training step and of inference with the factors."""
