@@ -32,7 +32,7 @@ from matplotlib.ticker import MaxNLocator
 
 from analysis.command import EXIT_NAMED, chosen_cache, exit_code
 from analysis.comparison import Cell, Row, Table, build_table
-from analysis.drawing import LineStyle, in_style, mean_line, nth_style, target_of, write
+from analysis.drawing import LineStyle, in_style, nth_style, target_of, write
 from analysis.load import Run, load_runs
 from analysis.relatives import csv_of, final_values, mean_curve, parser, seconds_per_step, words_of
 from analysis.rendering import NONE, latex, markdown, readable_cell
@@ -150,8 +150,8 @@ def caption(report: Report) -> str:
     return (
         f"{EXPERIMENT}: {report.table.metric} of the last epoch, mean ± sample standard deviation (number of runs). "
         "Trainable, total, inference: parameters in percent of the plain network's. MFLOP: millions of floating point "
-        "operations for each image, a multiplication and an addition as two, of matrix products and convolutions; of "
-        "a step with its backward pass at the last evaluation. Those of vanilla are what OIALR counts while all layers "
+        "operations for each image, a multiplication and an addition as two, of products, convolutions and attention, "
+        "at the last evaluation; a step has its backward pass. Those of vanilla are what OIALR counts while all layers "
         "have full rank. Ms per step: of the whole training, without evaluations. Low-rank: layers at the end."
     )
 
@@ -259,11 +259,14 @@ def _panel(axes: Axes, prefix: str, line: Line, full: dict[str, float], styles: 
         scale, kind = 100 / full[layer] if prefix == RANK else 1.0, kind_of(layer)
         epochs = [epoch for epoch in runs[0].curve(tags.TOP1) if min(points) <= epoch <= max(points)]
         means = [scale * points.get(epoch, math.nan) for epoch in epochs]
-        options = {"label": kind if layer == last[kind] else None, "marker": "."}
-        depth = _PALEST + (1 - _PALEST) * index / len(layers)
-        mean_line(axes, epochs, means, [0.0] * len(means), styles[kind], alpha=depth, **options)
+        style, depth = styles[kind], _PALEST + (1 - _PALEST) * index / len(layers)
+        options = {"label": kind if layer == last[kind] else None, "color": style.colour, "lw": style.width}
+        alone = len(means) == 1 or any(map(math.isnan, means))  # points that no line would show
+        axes.plot(epochs, means, style.dashes, marker="." if alone else "", markersize=3, alpha=depth, **options)
     if prefix == DISTANCE:
-        axes.set_yscale("log")
+        axes.set_yscale("log", nonpositive="mask")  # 0 where a check follows the conversion at once
+    if prefix == RANK:
+        axes.set_ylim(0, 105)
     axes.set_xlabel("epoch")
     axes.set_ylabel(_PANELS[prefix])
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
