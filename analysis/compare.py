@@ -18,8 +18,6 @@ if __package__ in (None, ""):
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
-import csv
-import io
 import json
 import math
 import sys
@@ -33,10 +31,10 @@ from analysis.command import EXIT_NAMED, exit_code
 from analysis.comparison import Cell, Row, Table, build_table
 from analysis.costs import seconds_of
 from analysis.drawing import Curve, bottom, in_style, mean_line, nth_style, target_of, write
-from analysis.grouping import flatten, plain, settings
+from analysis.grouping import flatten, settings
 from analysis.load import Run, load_runs
 from analysis.page.parts import Entry, Grid, Link, Section, picture
-from analysis.relatives import chosen_cache, mean_curve, parser
+from analysis.relatives import chosen_cache, csv_of, mean_curve, parser, seconds_per_step, words_of
 from analysis.rendering import (
     DETECTABLE,
     DIFFERENCE_FIELDS,
@@ -162,13 +160,12 @@ def _line(row: Row, label: str, baseline: str | None, tuning: Mapping[str, list[
     tried = sorted({run.config["optim"]["lr"] for run in searched})
     rates = tuple(sorted({run.config["optim"]["lr"] for run in cell.runs.values()}))
     steps = tuple(sorted({run.result["steps"] for run in cell.runs.values() if run.result.get("steps")}))
-    per_step = list(filter(None, map(_seconds_per_step, cell.runs.values())))
-    more = [f"{key}={plain(value)}" for key, value in row.settings.items() if key not in ("model", "data", "budget")]
+    per_step = list(filter(None, map(seconds_per_step, cell.runs.values())))
     state, of_baseline = _mean(cell, tags.STATE_BYTES), None
     if baseline is not None:
         of_baseline = _mean(row.cells[baseline], tags.STATE_BYTES)
     return Line(
-        network=", ".join([f"{first.config['model']['name']} on {first.config['data']['name']}", *more]),
+        network=words_of(row, first.config, without=("budget",)),
         budget=setting_of(first.config)["budget"],
         method=label,
         cell=cell,
@@ -180,18 +177,13 @@ def _line(row: Row, label: str, baseline: str | None, tuning: Mapping[str, list[
         images=steps[0] * first.config["batch_size"] if len(steps) == 1 and first.config.get("drop_last") else None,
         seconds=summarise(_values(cell, tags.TRAIN_SECONDS)),
         per_step=summarise(per_step),
-        fastest=min([*per_step, *filter(None, map(_seconds_per_step, searched))], default=None),
+        fastest=min([*per_step, *filter(None, map(seconds_per_step, searched))], default=None),
         peak_mib=summarise(_values(cell, tags.PEAK_MIB)),
         trainable=_mean(cell, tags.TRAINABLE),
         inference=_mean(cell, tags.AT_INFERENCE),
         state_bytes=state,
         extra_bytes=None if None in (state, of_baseline) else state - of_baseline,
     )
-
-
-def _seconds_per_step(run: Run) -> float | None:
-    seconds, steps = run.final_value(tags.TRAIN_SECONDS), (run.result or {}).get("steps")
-    return seconds / steps if seconds and steps else None
 
 
 def _values(cell: Cell, tag: str) -> list[float]:
@@ -319,12 +311,7 @@ def to_json(comparison: Comparison) -> str:
 
 def to_csv(comparison: Comparison) -> str:
     """One line each; lists are separated by a semicolon; an empty field is undefined."""
-    text, lines = io.StringIO(), [to_plain(line) for line in comparison.lines]
-    writer = csv.DictWriter(text, list(lines[0]) if lines else ["network"], lineterminator="\n")
-    writer.writeheader()
-    for line in lines:
-        writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in line.items()})
-    return text.getvalue()
+    return csv_of([to_plain(line) for line in comparison.lines], first="network")
 
 
 _FORMATS: dict[str, Callable[[Comparison], str]] = {

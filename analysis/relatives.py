@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from analysis.command import Parser, add_cache_flags, chosen_cache
+from analysis.comparison import Row
+from analysis.grouping import plain
 from analysis.load import Run, load_runs
 from analysis.statistics import summarise
 from runfolder import tags
@@ -72,3 +76,31 @@ def mean_curve(runs: Sequence[Run], metric: str, seconds: bool) -> list[tuple[fl
         x = summarise([time[epoch] for time in times]).mean if seconds else epoch
         found.append((x, summary.mean, summary.std or 0.0))
     return found
+
+
+def seconds_per_step(run: Run) -> float | None:
+    """Seconds of training per step, without evaluations, if both are known."""
+    seconds, steps = run.final_value(tags.TRAIN_SECONDS), (run.result or {}).get("steps")
+    return seconds / steps if seconds and steps else None
+
+
+def words_of(row: Row, config: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Network, data and whatever else tells a row from the others, except some settings."""
+    left = [(key, value) for key, value in row.settings.items() if key not in ("model", "data", *without)]
+    more = [f"{key}={plain(value)}" for key, value in left]
+    return ", ".join([f"{config['model']['name']} on {config['data']['name']}", *more])
+
+
+def csv_of(lines: Sequence[Mapping[str, Any]], first: str) -> str:
+    """One line each; lists are separated by a semicolon; an empty field is undefined.
+
+    Args:
+        lines: with the same keys, which name the columns.
+        first: the only column where there is no line.
+    """
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(lines[0]) if lines else [first], lineterminator="\n")
+    writer.writeheader()
+    for line in lines:
+        writer.writerow({k: ";".join(map(str, v)) if isinstance(v, list | tuple) else v for k, v in line.items()})
+    return text.getvalue()

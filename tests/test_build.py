@@ -146,6 +146,12 @@ def test_the_library_can_be_installed_alone(tmp_path):
     assert [re.match("[a-z]+", need)[0] for need in needs] == ["torch"]
 
 
+def test_every_package_of_the_library_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {".".join(path.parent.relative_to(ROOT).parts) for path in (ROOT / "tract").rglob("__init__.py")}
+    assert set(listed) == found
+
+
 def test_versions_agree():
     import tract
 
