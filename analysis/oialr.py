@@ -41,7 +41,8 @@ from runfolder import tags
 from runfolder.printing import printable
 
 EXPERIMENT = METHOD = "oialr"
-STABILITY, DISTANCE, RANK = (f"oialr/{name}/" for name in ("stability", "mixing_distance", "rank"))
+_OF_LAYERS = ("stability", "mixing_distance", "rank", "full_rank")
+STABILITY, DISTANCE, RANK, FULL_RANK = (f"oialr/{name}/" for name in _OF_LAYERS)
 LAYERS = "oialr/low_rank_layers"
 PERCENTAGES = tuple(f"oialr/{name}_percent" for name in ("trainable", "total", "inference"))
 FLOPS = ("oialr/flops_step", "oialr/flops_inference")
@@ -49,7 +50,7 @@ _PLAIN = dict.fromkeys(PERCENTAGES, 100.0) | {LAYERS: 0.0}  # of plain training,
 _PANELS = {
     STABILITY: "Stability of the basis",
     DISTANCE: "distance of the mixing matrix R",
-    RANK: "rank (% of its largest)",
+    RANK: "rank (% of the full one)",
 }
 _PANEL = (3.3, 2.6)  # inches
 _PALEST = 0.35  # of the first layer's line
@@ -233,7 +234,7 @@ def _layers(line: Line) -> list[str]:
 
 
 def _figure(setting: str, lines: Sequence[Line]) -> Figure:
-    full = _largest_ranks(lines)
+    full = _full_ranks(lines)
     styles = {kind: nth_style(index) for index, kind in enumerate(dict.fromkeys(map(kind_of, full)))}
     with in_style():
         figure = Figure((_PANEL[0] * len(_PANELS), _PANEL[1] * len(lines) + 0.6), layout="constrained")
@@ -282,13 +283,12 @@ def kind_of(layer: str) -> str:
     return ".".join([word for word in layer.split(".") if not word.isdigit()][-2:])
 
 
-def _largest_ranks(lines: Sequence[Line]) -> dict[str, float]:
-    """The largest rank of each layer by name: the full one where a run was evaluated before its first cut."""
+def _full_ranks(lines: Sequence[Line]) -> dict[str, float]:
+    """Each layer's smaller side by name."""
     found: dict[str, float] = {}
     for run in (run for line in lines for run in line.cell.runs.values()):
-        for tag in _layer_tags(run, (RANK,)):
-            layer = tag.removeprefix(RANK)
-            found[layer] = max([found.get(layer, 0.0), *run.curve(tag).values()])
+        for tag in _layer_tags(run, (FULL_RANK,)):
+            found[tag.removeprefix(FULL_RANK)] = max(run.curve(tag).values())
     return found
 
 

@@ -179,7 +179,7 @@ def test_figures_are_files(runs, tmp_path, capsys):
 
 ALL = ["oialr/trainable_percent", "oialr/total_percent", "oialr/inference_percent", "oialr/low_rank_layers"]
 ALL += ["oialr/flops_step", "oialr/flops_inference", "oialr/rank/a.0.fc", "oialr/stability/a.0.fc"]
-ALL += ["oialr/mixing_distance/a.0.fc"]
+ALL += ["oialr/mixing_distance/a.0.fc", "oialr/full_rank/a.0.fc"]
 
 
 def _written(folder, without=(), seed=0, epochs=4, method="oialr", **changes):

@@ -193,7 +193,10 @@ class OIALRMethod(Method):
         for index, layer, result in zip(due, layers, found, strict=True):
             name = names[index]
             if isinstance(layer, LowRankLayer):
+                converted_now = name in self._carries
                 self._turn(name, layer, result, optimizer)
+                if converted_now:  # R has not had a step to move in
+                    layer.distance.fill_(math.inf)
                 continue
             (turned, apart), *factors = result
             if factors:
@@ -275,7 +278,9 @@ class OIALRMethod(Method):
         for name in self._chosen(model):
             layer = model.get_submodule(name)
             low = isinstance(layer, LowRankLayer)
-            yield f"oialr/rank/{name}", float(layer.rank if low else min(tall(_weight(layer)).shape))
+            full = min(len(layer.u), layer.vh.shape[1]) if low else min(tall(_weight(layer)).shape)
+            yield f"oialr/rank/{name}", float(layer.rank if low else full)
+            yield f"oialr/full_rank/{name}", float(full)
             if low or _REFERENCE in layer._parameters:
                 for tag, value in (("stability", layer.stability), ("mixing_distance", layer.distance)):
                     if value.isfinite():
@@ -300,10 +305,15 @@ class OIALRMethod(Method):
 
 def _operations(model: nn.Module, images: Tensor, backward: bool) -> int:
     """Floating point operations of matrix products and convolutions, a multiplication and an addition as two."""
-    with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
-        scores = model(images)
-        if backward:
-            torch.autograd.grad(scores.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # attention in one piece is not counted
+    try:
+        with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
+            scores = model(images)
+            if backward:
+                torch.autograd.grad(scores.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
 
 
