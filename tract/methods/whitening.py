@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tract.methods.base import Method, Setting
+from tract.owned import OwnedLayer, taken
 from tract.surgery import find_layer
 
 
@@ -36,6 +37,8 @@ class WhiteningMethod(Method):
         TypeError: (of ``apply``) a layer of another kind.
     """
 
+    order = 1
+
     def __init__(self, layer: str | None, images: int, eps: float):
         if images < 1 or not 0 < eps < float("inf"):
             raise ValueError(f"expected images of 1 or more and a finite eps above 0, got images={images}, eps={eps}.")
@@ -50,6 +53,8 @@ class WhiteningMethod(Method):
     def apply(self, model: nn.Module) -> str:
         """Set the filters and freeze them."""
         name, layer = find_layer(model, self.layer)
+        if isinstance(layer, OwnedLayer):
+            raise TypeError(f"whitening: expected a plain layer, {taken(layer, name)}")
         if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
             raise TypeError(
                 f"expected an nn.Linear or an nn.Conv2d without groups to whiten, got {layer}; give layer=NAME."
