@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from experiments.config import compose_config, config_hash, folder_of
+from experiments.config import CONF, compose_config, config_hash, folder_of
 from experiments.models import build_model
 from experiments.randomness import seed_torch
 from experiments.training import checkpoint
@@ -67,6 +67,13 @@ REFUSED = {
     }.items()
 }  # fmt: skip
 SENTENCES = {(second, first): sentence for (first, second), sentence in REFUSED.items()} | REFUSED
+# Refused, but for these options.
+APART = {
+    ("tract", "proxprop"): {"method.proxprop.layers": ["blocks.0.mlp.0"]},
+    ("tract", "whitening"): {"method.tract.layer": "blocks.0.mlp.0"},
+    ("proxprop", "whitening"): {"method.proxprop.layers": ["blocks.0.mlp.0"]},
+    ("proxprop", "oialr"): {"method.proxprop.layers": ["blocks.0.mlp.0"]},
+}
 # The embedding's norms have endpoints only if they are there before the line.
 ORDERED = [("dual_patchnorm", path) for path in SUBSPACES]
 
@@ -107,6 +114,27 @@ def test_every_ordered_pair_either_works_or_is_refused():
     assert len(works) == 2 * len(WORKING)
     assert not works & SENTENCES.keys()
     assert works | SENTENCES.keys() == set(permutations(METHODS, 2))
+
+
+def test_the_page_has_the_same_table():
+    page = (CONF.parents[1] / "docs" / "extending.md").read_text()
+    head, _, *rows = [line.split("|")[1:-1] for line in page[page.index("| | `tract`") :].split("\n\n")[0].splitlines()]
+    names = [name.strip(" `") for name in head[1:]]
+    found = {}
+    for row in rows:
+        for name, cell in zip(names, row[1:], strict=True):
+            found[row[0].strip(" `"), name] = cell.strip()
+    works = {order for pair in WORKING for order in permutations(pair)}
+    apart = {order for pair in APART for order in permutations(pair)}
+    assert set(names) == METHODS.keys() - {"vanilla"}
+    for pair in permutations(names, 2):
+        assert found[pair] == ("yes" if pair in works else "apart" if pair in apart else "no"), pair
+
+
+@pytest.mark.parametrize("pair", APART, ids=",".join)
+def test_methods_on_layers_of_their_own_go_together(pair, tmp_path):
+    first = _train(tmp_path / "first", *pair, **APART[pair])
+    _assert_same(_train(tmp_path / "second", *reversed(pair), **APART[pair]), first)
 
 
 @pytest.mark.parametrize("pair", SENTENCES, ids=",".join)
