@@ -44,14 +44,15 @@ WORKING = [
     ("whitening", "swa"),
 ]
 NONE_LEFT = "expected a model with layers that a low rank pays for, got ViT with none; layers made by "
-ON_WHITENED = "whitening: expected a plain layer, got emb: "
 # In both orders, unless there is a sentence for each.
 REFUSED = {
     ("tract", "proxprop"): "ProxProp without layers=[NAMES] takes every layer but the last: expected plain ones, got",
     ("proxprop", "tract"): "TrAct: expected a plain layer, got ProxPropLinear, made by ProxProp; give one of",
-    ("tract", "whitening"): ON_WHITENED + "TrActLinear, made by TrAct; give one of the methods another layer",
+    ("tract", "whitening"): "got tract and whitening both on emb.weight; give one of them another layer",
+    ("whitening", "tract"): "got whitening and tract both on emb.weight; give one of them another layer",
     ("patchnorm", "dual_patchnorm"): "expected a model without normalised patches, got 'emb.before' already; use one",
-    ("proxprop", "whitening"): ON_WHITENED + "ProxPropLinear, made by ProxProp; give one of the methods",
+    ("proxprop", "whitening"): "got proxprop and whitening both on emb.weight; give one of them another layer",
+    ("whitening", "proxprop"): "got whitening and proxprop both on emb.weight; give one of them another layer",
     ("proxprop", "oialr"): NONE_LEFT + "ProxProp stay as they are, so leave that out",
     ("oialr", "swa"): "expected weights that keep their shapes for swa, got oialr, which changes them while it trains; "
     "leave one",
@@ -62,7 +63,7 @@ REFUSED = {
         (path, "proxprop"): "every layer but the last: expected plain ones, got emb: SubspaceLinear, made by a line",
         ("proxprop", path): "expected layers that are plain or have TrAct, got emb: ProxPropLinear, made by ProxProp",
         (path, "oialr"): NONE_LEFT + "a line, curve or simplex stay as they are, so leave that out",
-        (path, "whitening"): ON_WHITENED + "SubspaceLinear, made by a line, curve or simplex; give one of the methods",
+        (path, "whitening"): "whitening: expected a plain layer, got emb: SubspaceLinear, made by a line, curve",
         **{(path, other): "got one with subspace layers already; use one" for other in SUBSPACES if other != path},
     }.items()
 }  # fmt: skip

@@ -152,7 +152,7 @@ def test_with_patchnorm_before_it_the_normalised_patches_are_whitened():
         (["method.images=0"], "got images=0"),
         (["method.layer=bn1"], "expected an nn.Linear or an nn.Conv2d without groups to whiten, got BatchNorm2d"),
         (["method.layer=conv7"], "expected the name of a layer of SmallResNet, got 'conv7'; nearest"),
-        (["method=[whitening,tract]"], "expected a plain layer, got conv1: TrActConv2d, made by TrAct; give one"),
+        (["method=[whitening,tract]"], "got whitening and tract both on conv1.weight"),
     ],
 )
 def test_bad_values_are_one_sentence(words, message, tmp_path, capsys):

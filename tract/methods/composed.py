@@ -44,6 +44,7 @@ class Composed(Method):
     def __init__(self, **parts: Method):
         if not parts:
             raise ValueError("expected at least one method, got none.")
+        self._named = list(parts)
         self.parts = dict(sorted(parts.items(), key=lambda item: item[1].order))
         self._require_kept_shapes()
         self.advice = tuple(dict.fromkeys(advice for part in parts.values() for advice in part.advice))
@@ -96,8 +97,9 @@ class Composed(Method):
             for parameter in part.claims(model):
                 other = owners.setdefault(parameter, name)
                 if other != name:
+                    first, second = sorted((other, name), key=self._named.index)
                     raise ValueError(
-                        f"expected methods that leave each other's layers alone, got {other} and {name} both on "
+                        f"expected methods that leave each other's layers alone, got {first} and {second} both on "
                         f"{names[parameter]}; give one of them another layer, or leave it out."
                     )
 

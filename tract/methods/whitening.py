@@ -9,9 +9,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from tract.gathered import Gathering
 from tract.methods.base import Method, Setting
 from tract.owned import OwnedLayer, taken
 from tract.surgery import find_layer
+
+_KINDS = (nn.Linear, nn.Conv2d)
 
 
 class WhiteningMethod(Method):
@@ -53,9 +56,11 @@ class WhiteningMethod(Method):
     def apply(self, model: nn.Module) -> str:
         """Set the filters and freeze them."""
         name, layer = find_layer(model, self.layer)
-        if isinstance(layer, OwnedLayer):
+        if isinstance(layer, OwnedLayer) and not isinstance(layer, Gathering):
             raise TypeError(f"whitening: expected a plain layer, {taken(layer, name)}")
-        if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
+        # A layer that gathers has the plain layer's weight; whether two methods may have it is for claims to say.
+        is_plain = type(layer) in _KINDS or (isinstance(layer, Gathering) and isinstance(layer, _KINDS))
+        if not is_plain or getattr(layer, "groups", 1) != 1:
             raise TypeError(
                 f"expected an nn.Linear or an nn.Conv2d without groups to whiten, got {layer}; give layer=NAME."
             )
