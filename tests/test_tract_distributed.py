@@ -48,6 +48,7 @@ def test_proximal_steps_of_all_ranks_and_micro_batches_are_those_of_one_process(
         worker.rows_of_an_image,
         worker.local_second_moment,
         worker.local_accumulation,
+        worker.points_of_a_line,
         worker.non_finite_input_of_one_rank,
     ],
 )

@@ -13,8 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tests import reference
 from tests.tract_layers import LAYERS, error
-from tract import NonFiniteError, accumulate, apply_tract, second_moment
+from tract import NonFiniteError, accumulate, apply_tract, second_moment, unwrap
 from tract.proxprop import ProxProp
+from tract.subspaces import Line, apply_subspace
+from tract.subspaces.layers import set_coefficients
 
 STEMS = ("linear", "linear few rows", "conv2d groups", "conv2d few rows", "conv1d same")
 SPLITS = {"equal": (3, 3, 3, 3), "unequal": (5, 1, 2, 4)}
@@ -97,6 +99,29 @@ def global_accumulation(rank, world):
         parts = x.split(1 + rank)
         actual = _accumulated(wrapped, parts, accumulate(wrapped))
         _assert_gradients(actual, _accumulated(ddp, parts, nullcontext()), moment)
+
+
+def points_of_a_line(rank, world):
+    """Micro-batches at points of their own: each endpoint's plain DDP gradient times the inverse over all rows."""
+    for stem in STEMS:
+        sizes = (4, 6, 2, 3)[:world]
+        _, _, wrapped, x, batches = _problem(stem, sizes, rank)
+        model = wrapped.module
+        apply_subspace(model, Line(), [copy.deepcopy(model)])
+        plain = unwrap(copy.deepcopy(model))
+        moment = reference.second_moment(model[0], torch.cat(batches))
+        found = {}
+        for network, context in ((plain, nullcontext()), (model, accumulate(model))):
+            ddp = DistributedDataParallel(network)
+            with context:
+                for part, shares in zip(x.tensor_split(2), ((0.7, 0.3), (0.2, 0.8)), strict=True):
+                    set_coefficients(network, shares)
+                    with ddp.no_sync() if shares[0] == 0.7 else nullcontext():
+                        ddp(part).square().mean().backward()
+            found[network] = {name: p.grad for name, p in network.named_parameters()}
+        for name, gradient in found[plain].items():
+            expected = reference.preconditioned(gradient, moment, 0.1) if "weight" in name else gradient
+            assert error(found[model][name], expected) < 1e-10
 
 
 def local_accumulation(rank, world):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,18 +12,17 @@ from torch import Tensor
 
 from tract.distributed import all_rows_if_few, mean_over_ranks, world_size
 from tract.ops import GradientApart, damped_solve_op, damped_solve_rows_op, mean_moment_op, second_moment_op
+from tract.owned import OwnedLayer
 from tract.second_moment import Geometry, unfold
 
 
-class Gathering(nn.Module, ABC):
+class Gathering(OwnedLayer, ABC):
     """A layer that inside :func:`tract.accumulate` gathers what makes its gradient.
 
     Attributes:
-        method: the method's name in error messages.
-        label: the layer's.
+        label: the layer's name in error messages.
     """
 
-    method: str
     label: str
     _gathered: Any  # None outside of `accumulate`
 
@@ -61,45 +61,51 @@ class Gathering(nn.Module, ABC):
 
 
 class Gathered:
-    """The plain gradient G of this layer's calls, apart from that of other uses of its weight, and X^T X and b.
+    """The plain gradients G of this layer's calls, apart from those of other uses of its weights, and X^T X and b.
 
-    While there are fewer rows than row elements, b < n, the inputs are kept instead of the n x n
+    A layer has one weight, or several that make the one it multiplies with: each has its own G, and all have the
+    same rows. While there are fewer rows than row elements, b < n, the inputs are kept instead of the n x n
     matrix X^T X. On several ranks that share their rows this would need their numbers; they are
     exchanged only where n x n numbers are many (``Geometry.is_long``).
 
     Args:
-        weight: the layer's parameter, whole or sharded.
+        weights: the layer's parameters by name, whole or sharded, of one shape.
         geometry: how the layer cuts rows out of its inputs.
         everywhere: whether the rows of all ranks count.
     """
 
-    def __init__(self, weight: Tensor, geometry: Geometry, everywhere: bool):
-        self._weight, self._geometry, self._everywhere = weight, geometry, everywhere
-        # A leaf that takes no memory; autograd adds G up in its .grad.
-        zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
-        self._apart = zero.expand(weight.shape).requires_grad_()
+    def __init__(self, weights: Mapping[str, Tensor], geometry: Geometry, everywhere: bool):
+        self._weights, self._geometry, self._everywhere = dict(weights), geometry, everywhere
+        self._apart = {name: _leaf_like(weight) for name, weight in weights.items()}
         self._keep_inputs = not everywhere or geometry.is_long
         self._forget()
 
     def _forget(self) -> None:
-        self._apart.grad = None
+        for apart in self._apart.values():
+            apart.grad = None
         self._inputs: list[Tensor] = []
         self._kept = 0  # rows in these inputs
         self._total: Tensor | None = None
         # b of the total: not a scalar, since torch 2.11 loses additions to one when compiled.
         self._rows: Tensor | None = None
 
-    def take(self, x: Tensor, weight: Tensor, rows: int) -> Tensor:
-        """Count the rows of an input, and return the weight to multiply it with."""
+    def take(self, x: Tensor, weights: Mapping[str, Tensor], rows: int) -> dict[str, Tensor]:
+        """Count the rows of an input, and return what stands for the weights to multiply it with."""
         compiled = torch.compiler.is_compiling()
-        if not compiled and weight is self._weight and weight.grad is None and self._apart.grad is not None:
-            self._forget()  # zero_grad() has forgotten the gradients of the backward passes until here
+        if not compiled and self._are_forgotten(weights):
+            self._forget()
         if not compiled and self._keep_inputs and self._kept + rows < self._geometry.row_length:
             self._inputs.append(x.detach().clone())
             self._kept += rows
         else:
             self._add(x, rows)
-        return GradientApart.apply(weight, self._apart)
+        return {name: GradientApart.apply(weight, self._apart[name]) for name, weight in weights.items()}
+
+    def _are_forgotten(self, weights: Mapping[str, Tensor]) -> bool:
+        """Whether zero_grad() has forgotten the gradients of the backward passes until here."""
+        if all(apart.grad is None for apart in self._apart.values()):
+            return False
+        return all(weight is self._weights[name] and weight.grad is None for name, weight in weights.items())
 
     def _add(self, x: Tensor, rows: int) -> None:
         moment = second_moment_op(x.detach(), self._geometry.numbers())
@@ -114,21 +120,23 @@ class Gathered:
             self._add(x, self._geometry.count_rows(x))
         if self._total is None:
             n = self._geometry.row_length
-            self._total = self._apart.new_zeros((self._geometry.groups, n, n), dtype=torch.float64)
+            self._total = self._any.new_zeros((self._geometry.groups, n, n), dtype=torch.float64)
             self._rows = self._total.new_zeros(1)
 
     @torch.no_grad()
-    def gradient(self, damping: float, layer: str) -> Tensor | None:
-        """G (X^T X / b + damping I)^-1, or None without a backward pass on this only rank.
+    def gradients(self, damping: float, layer: str) -> dict[str, Tensor]:
+        """G (X^T X / b + damping I)^-1 of each weight; nothing without a backward pass on this only rank.
 
         On several ranks the mean of their products, as DistributedDataParallel gives it.
 
         Raises:
             tract.NonFiniteError: an input of any rank was not finite.
         """
-        plain = self._apart.grad
-        if plain is None:
-            plain = self._apart
+        if world_size() == 1 and all(apart.grad is None for apart in self._apart.values()):
+            return {}
+        plain = [apart if apart.grad is None else apart.grad for apart in self._apart.values()]
+        groups, n = self._geometry.groups, self._geometry.row_length
+        plain = torch.stack([gradient.reshape(groups, -1, n) for gradient in plain], dim=1)  # solved at once
         rows = self._all_rows()
         if rows is not None:
             product = damped_solve_rows_op(plain, rows, damping, layer)
@@ -137,16 +145,26 @@ class Gathered:
             moment = mean_moment_op(self._total, self._rows, self._everywhere, layer)
             product = damped_solve_op(plain, moment, damping, layer)
         if world_size() > 1:
-            return mean_over_ranks(product)
-        return None if self._apart.grad is None else product
+            product = mean_over_ranks(product)
+        parts = zip(self._apart.items(), product.unbind(1), strict=True)
+        return {name: part.reshape(apart.shape).contiguous() for (name, apart), part in parts}
+
+    @property
+    def _any(self) -> Tensor:
+        return next(iter(self._apart.values()))
 
     def _all_rows(self) -> Tensor | None:
         """The rows of all inputs (g, n, b), float64, where they are fewer than n."""
         if not self._keep_inputs:
             return None
         n, groups = self._geometry.row_length, self._geometry.groups
-        empty = self._apart.new_zeros((groups, n, 0), dtype=torch.float64)
+        empty = self._any.new_zeros((groups, n, 0), dtype=torch.float64)
         own = torch.cat([empty, *(unfold(x, self._geometry) for x in self._inputs)], dim=-1)
         if self._everywhere:
-            return all_rows_if_few(own if self._total is None else None, groups, n, self._apart.device)
+            return all_rows_if_few(own if self._total is None else None, groups, n, self._any.device)
         return own if self._total is None else None
+
+
+def _leaf_like(weight: Tensor) -> Tensor:
+    """A leaf that takes no memory; autograd adds G up in its .grad."""
+    return torch.zeros((), dtype=weight.dtype, device=weight.device).expand(weight.shape).requires_grad_()

@@ -18,9 +18,9 @@ torch.compile and channels_last therefore work as they do without TrAct.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from numbers import Real
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn as nn
@@ -37,6 +37,7 @@ from tract.ops import (
     mean_moment_op,
     second_moment_op,
 )
+from tract.owned import OwnedLayer, taken
 from tract.second_moment import Geometry, unfold
 
 DEFAULT_LAMBDA = 0.1
@@ -55,6 +56,7 @@ class TrActLayer(Gathering):
     """
 
     method = "TrAct"
+    plain_type: ClassVar[type[nn.Module]]
     lambda_: float
     statistics: Statistics
 
@@ -69,28 +71,42 @@ class TrActLayer(Gathering):
     def _plain_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise NotImplementedError
 
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters that make the weight, by name: the weight itself."""
+        return {"weight": self.weight}
+
+    def _made_of(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the forward pass, from :meth:`weights` or what stands for them."""
+        return weights["weight"], self.bias
+
+    def result_weight(self) -> Tensor:
+        """The weight of the network that is evaluated."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
         """The plain layer's output; records what the weight gradient will need."""
         if isinstance(x, torch.fx.Proxy):  # torch.fx takes the layer as a whole, as it does the plain one
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        weight, geometry = self.weight, self._geometry()
+        weights, geometry = self.weights(), self._geometry()
+        trains = torch.is_grad_enabled() and any(weight.requires_grad for weight in weights.values())
         if torch.jit.is_tracing() and self.training:
             raise RuntimeError(
                 f"TrAct layer {self.label}: expected a model in evaluation for torch.jit.trace, whose graph cannot "
                 "train with TrAct, got one in training; call model.eval() first."
             )
         exported = (torch.compiler.is_exporting() or torch.jit.is_tracing()) and not self.training
-        if exported or not (torch.is_grad_enabled() and weight.requires_grad and geometry.fits(x)):
-            return self._plain_forward(x, weight, self.bias)
+        if exported or not (trains and geometry.fits(x)):
+            return self._plain_forward(x, *self._made_of(weights))
         rows = geometry.count_rows(x)
         if self._gathered is not None:
-            weight = self._gathered.take(x, weight, rows)
-        elif 0 < rows < geometry.row_length and not self._everywhere:
-            output = self._plain_forward(x, weight.detach(), self.bias)
+            weight, bias = self._made_of(self._gathered.take(x, weights, rows))
+            return FirstDerivativeOnly.apply(self._plain_forward(x, weight, bias))
+        weight, bias = self._made_of(weights)
+        if 0 < rows < geometry.row_length and not self._everywhere:
+            output = self._plain_forward(x, weight.detach(), bias)
             return PreconditionDual.apply(output, weight, x.detach(), geometry.numbers(), self.lambda_, self.label)
-        else:
-            weight = self._preconditioned(weight, x, geometry, rows)
-        return FirstDerivativeOnly.apply(self._plain_forward(x, weight, self.bias))
+        weight = self._preconditioned(weight, x, geometry, rows)
+        return FirstDerivativeOnly.apply(self._plain_forward(x, weight, bias))
 
     def __prepare_scriptable__(self) -> nn.Module:
         """Refuses torch.jit.script, which would put what is returned here into the model itself."""
@@ -117,29 +133,28 @@ class TrActLayer(Gathering):
     def begin_accumulation(self) -> None:
         """Gather gradient and statistics instead of applying them."""
         super().begin_accumulation()
-        if not self.weight.is_leaf:
+        weights = self.weights()
+        if not all(weight.is_leaf for weight in weights.values()):
             raise RuntimeError(
                 f"TrAct layer {self.label}: expected a weight that is a parameter, got one that is computed from "
                 "others; remove the parametrization, or do without tract.accumulate."
             )
-        self._gathered = Gathered(self.weight, self._geometry(), self._everywhere)
+        self._gathered = Gathered(weights, self._geometry(), self._everywhere)
 
     def gathered_gradients(self, gathered: Gathered) -> dict[str, Tensor]:
         """The TrAct gradient of all micro-batches."""
-        product = gathered.gradient(self.lambda_, self.label)
-        if product is None or not self.weight.requires_grad:
-            return {}
-        return {"weight": sharded_like(self.weight, product)}
+        weights, products = self.weights(), gathered.gradients(self.lambda_, self.label)
+        return {name: sharded_like(weights[name], p) for name, p in products.items() if weights[name].requires_grad}
 
     def plain(self) -> nn.Module:
         """The plain layer with the same tensors, hooks and options."""
-        plain_types = [plain for plain, wrapped in WRAPPED.items() if wrapped is type(self)]
-        if not plain_types:
+        plain_type = vars(type(self)).get("plain_type")
+        if plain_type is None:
             raise TypeError(
                 f"expected a TrAct layer as TrAct() makes it, got {type(self).__name__}; remove the parametrization "
                 "first."
             )
-        return without(same_state(self, plain_types[0]), *_OWN_STATE)
+        return without(same_state(self, plain_type), *_OWN_STATE)
 
     def extra_repr(self) -> str:
         """The plain layer's options and lambda_."""
@@ -161,6 +176,8 @@ class TrActLinear(TrActLayer, nn.Linear):
         ValueError: lambda_ is not a positive finite number, or given twice.
     """
 
+    plain_type = nn.Linear
+
     def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
         super().__init__(*args, **kwargs)
         self._configure(lambda_, l, statistics)
@@ -177,6 +194,8 @@ class _TrActConv(TrActLayer):
 class TrActConv1d(_TrActConv, nn.Conv1d):
     """nn.Conv1d with the TrAct weight gradient; arguments as in :class:`TrActLinear`."""
 
+    plain_type = nn.Conv1d
+
     def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
         super().__init__(*args, **kwargs)
         self._configure(lambda_, l, statistics)
@@ -184,6 +203,8 @@ class TrActConv1d(_TrActConv, nn.Conv1d):
 
 class TrActConv2d(_TrActConv, nn.Conv2d):
     """nn.Conv2d with the TrAct weight gradient; arguments as in :class:`TrActLinear`."""
+
+    plain_type = nn.Conv2d
 
     def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
         super().__init__(*args, **kwargs)
@@ -193,17 +214,14 @@ class TrActConv2d(_TrActConv, nn.Conv2d):
 class TrActConv3d(_TrActConv, nn.Conv3d):
     """nn.Conv3d with the TrAct weight gradient; arguments as in :class:`TrActLinear`."""
 
+    plain_type = nn.Conv3d
+
     def __init__(self, *args, lambda_=None, l=None, statistics: Statistics = "global", **kwargs):  # noqa: E741
         super().__init__(*args, **kwargs)
         self._configure(lambda_, l, statistics)
 
 
-WRAPPED = {
-    nn.Linear: TrActLinear,
-    nn.Conv1d: TrActConv1d,
-    nn.Conv2d: TrActConv2d,
-    nn.Conv3d: TrActConv3d,
-}
+WRAPPED = {kind.plain_type: kind for kind in (TrActLinear, TrActConv1d, TrActConv2d, TrActConv3d)}
 _OWN_STATE = ("lambda_", "statistics", "label", "_gathered")
 
 
@@ -244,7 +262,7 @@ def TrAct(  # noqa: N802
         (True, True)
     """
     _require_wrappable(layer)
-    wrapped = same_state(layer, WRAPPED[type(layer)])
+    wrapped = same_state(layer, _wrapped_type(layer))
     wrapped._configure(lambda_, l, statistics)
     return wrapped
 
@@ -274,11 +292,18 @@ def without(layer: nn.Module, *names: str) -> nn.Module:
     return layer
 
 
+def _wrapped_type(layer: nn.Module) -> type[TrActLayer] | None:
+    """The TrAct class of a layer's class, which other layers than the plain ones know themselves."""
+    return WRAPPED.get(type(layer)) or vars(type(layer)).get("tract_type")
+
+
 def _require_wrappable(layer: nn.Module) -> None:
     kind = type(layer)
     if isinstance(layer, TrActLayer):
         raise TypeError(f"expected a plain layer, got {kind.__name__}, which has TrAct already; wrap a layer once.")
-    if kind not in WRAPPED:
+    if _wrapped_type(layer) is None:
+        if isinstance(layer, OwnedLayer):
+            raise TypeError(f"TrAct: expected a plain layer, {taken(layer)}")
         known = ", ".join(f"nn.{plain.__name__}" for plain in WRAPPED)
         cure = "wrap the layer that receives the images."
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin):

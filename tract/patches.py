@@ -13,7 +13,7 @@ from collections import OrderedDict
 import torch.nn as nn
 from torch import Tensor
 
-from tract.layers import WRAPPED
+from tract.owned import OwnedLayer
 from tract.surgery import find_layer, replace_module
 
 EPS = 1e-6  # in the square root; the networks of arXiv 2302.01327 use this value too
@@ -45,7 +45,7 @@ class PatchNormalisation(nn.Module):
         affine: with parameters, which start as ones and zeros.
 
     Raises:
-        TypeError: neither a plain nn.Linear nor a plain nn.Conv2d.
+        TypeError: neither a plain nn.Linear or nn.Conv2d nor one that a method has.
         ValueError: a convolution that is no patch embedding, or patches of a single number.
 
     Example:
@@ -91,7 +91,7 @@ class EmbeddingNormalisation(nn.Module):
 def surround_embedding(model: nn.Module, layer: str | None, affine: bool, after: bool) -> str:
     """Put normalisation around a model's patch embedding, in place, and say which layer that is.
 
-    The layer itself (with its tensors, hooks and TrAct, if it has it) becomes the part
+    The layer itself (with its tensors, hooks and what a method has made of it) becomes the part
     ``embedding`` of an nn.Sequential with the parts ``before`` and perhaps ``after``.
 
     Args:
@@ -122,9 +122,10 @@ def _layer_norm(size: int, like: nn.Module, affine: bool) -> nn.LayerNorm:
 
 
 def _require_patch_embedding(layer: nn.Module) -> None:
-    kind = type(layer)
-    if kind not in (nn.Linear, nn.Conv2d, WRAPPED[nn.Linear], WRAPPED[nn.Conv2d]):
-        raise TypeError(f"expected a patch embedding, an nn.Linear or nn.Conv2d, got {kind.__name__}; give layer=NAME.")
+    kinds = (nn.Linear, nn.Conv2d)  # or one that a method has made of such a layer, which cuts the same patches
+    if type(layer) not in kinds and not (isinstance(layer, OwnedLayer) and isinstance(layer, kinds)):
+        kind = type(layer).__name__
+        raise TypeError(f"expected a patch embedding, an nn.Linear or nn.Conv2d, got {kind}; give layer=NAME.")
     if isinstance(layer, nn.Conv2d):
         wrong = [
             f"{option}={value}"

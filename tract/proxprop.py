@@ -38,6 +38,7 @@ from tract.finite import require
 from tract.gathered import Gathering
 from tract.layers import Statistics, geometry_of, same_state, without
 from tract.ops import FirstDerivativeOnly, GradientApart, first_derivative
+from tract.owned import OwnedLayer, taken
 from tract.second_moment import Geometry, second_moment, unfold
 
 DEFAULT_TAU = 1.0
@@ -543,6 +544,8 @@ def ProxProp(  # noqa: N802
     """
     if isinstance(layer, ProxPropLayer):
         raise TypeError(f"expected a plain layer, got {type(layer).__name__}; wrap a layer once.")
+    if isinstance(layer, OwnedLayer):
+        raise TypeError(f"ProxProp: expected a plain layer, {taken(layer)}")
     wrapped = same_state(layer, proxprop_layer(type(layer)))
     wrapped._configure(tau, mode, variant, statistics)
     return wrapped

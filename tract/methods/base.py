@@ -69,10 +69,17 @@ class Method:
     Attributes:
         advice: what may help where the loss is not finite, such as "raise lambda_".
         pieces: each rank's share of a batch is cut into so many micro-batches, or a multiple of it.
+        order: of several methods, those of a lower number come first, whatever order they are named in: 0 puts
+            layers into the network, 1 works with the layers that are there, 2 with all weights that are there.
+        changes_shapes: whether ``after_step`` adds, removes or reshapes parameters.
+        keeps_shapes: whether the parameters must stay what they are after ``apply``.
     """
 
     advice: tuple[str, ...] = ()
     pieces: int = 1
+    order: int = 0
+    changes_shapes: bool = False
+    keeps_shapes: bool = False
 
     def prepare(self, setting: Setting) -> None:
         """Called before ``apply``."""

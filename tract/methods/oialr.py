@@ -34,6 +34,7 @@ from tract.oialr.updates import (
     projected,
     updated,
 )
+from tract.owned import OwnedLayer
 from tract.parameters import add_to, is_held, remove_from, replace_in
 
 Freeze = Literal["conversion", "stability", "never"]
@@ -79,6 +80,7 @@ class OIALRMethod(Method):
     """
 
     advice = ("lower sigma_cutoff_fraction", "raise delay")
+    order = 1
 
     def __init__(
         self,
@@ -109,7 +111,7 @@ class OIALRMethod(Method):
                 "expected 0 <= sigma_cutoff_fraction < 1, 0 < inner_dim_init_ratio <= 1 and -1 <= stability_threshold "
                 f"<= 1, got {sigma_cutoff_fraction}, {inner_dim_init_ratio} and {stability_threshold}."
             )
-        self.freeze, self.moments = freeze, moments
+        self.freeze, self.moments, self.changes_shapes = freeze, moments, freeze != "never"
         self.checks = Checks(delay, stability_frequency, network_layer_perc_step, stable_update_delay)
         self.converts_at = max(1, delay) if full_rank_warmup else 1
         self.threshold, self.fraction = stability_threshold, sigma_cutoff_fraction
@@ -126,7 +128,7 @@ class OIALRMethod(Method):
         if not names:
             raise ValueError(
                 f"expected a model with layers that a low rank pays for, got {type(model).__name__} with none; "
-                "set keep_first_layer or keep_last_layer to false, or take another model."
+                f"{_cure(model)}."
             )
         if self.freeze != "conversion":
             for name in names:
@@ -327,6 +329,13 @@ def _track(layer: nn.Module) -> None:
 
 def _weight(layer: nn.Module) -> nn.Parameter:
     return layer._parameters[weight_name(layer)]
+
+
+def _cure(model: nn.Module) -> str:
+    others = sorted({layer.method for layer in model.modules() if isinstance(layer, OwnedLayer)})
+    if others:
+        return f"layers made by {' and '.join(others)} stay as they are, so leave that out, or give it fewer layers"
+    return "set keep_first_layer or keep_last_layer to false, or take another model"
 
 
 def _device(model: nn.Module) -> torch.device:

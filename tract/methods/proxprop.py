@@ -12,6 +12,7 @@ from tract.conjugate_gradients import Variant
 from tract.distributed import world_size
 from tract.layers import Statistics
 from tract.methods.base import Method
+from tract.owned import OwnedLayer, taken
 from tract.proxprop import ProxProp, ProxPropLayer, checked_mode, checked_tau
 from tract.surgery import linear_and_conv_layers, named_layer, replace_module
 
@@ -25,7 +26,8 @@ class ProxPropMethod(Method):
         tau: step size of the proximal step, > 0; for single layers by name, {name: tau}, of which
             the others are left plain.
         mode: "prox_exact", "prox_cgN" or "gradient".
-        layers: their names; None for every Linear and (transposed) convolution but the last.
+        layers: their names; None for every Linear and (transposed) convolution but the last, which another method
+            may not have then.
         variant: of conjugate gradients.
         statistics: A^T A over all ranks ("global", exact) or over this one's rows ("local").
 
@@ -69,6 +71,12 @@ class ProxPropMethod(Method):
             return self.of_layer
         if self.layers is not None:
             return dict.fromkeys(self.layers, self.tau)
+        for name, layer in model.named_modules():
+            if isinstance(layer, OwnedLayer):
+                raise TypeError(
+                    "ProxProp without layers=[NAMES] takes every layer but the last: expected plain ones, "
+                    f"{taken(layer, name)}"
+                )
         *names, _ = linear_and_conv_layers(model) or [None]
         if not names:
             raise ValueError("expected a model with two Linear or convolution layers, got fewer; name one in layers.")

@@ -43,6 +43,9 @@ class SnapshotMethod(Method):
         ValueError: a number out of range; (of ``prepare``) epochs that the run does not have.
     """
 
+    order = 2
+    keeps_shapes = True
+
     def __init__(
         self, seed: int, count: int, start: float, epochs: Sequence[int] | None, samples: int, t: float, points: int
     ):

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from tract.layers import tract_layers
 from tract.methods.base import Measure, Method, Occasion, Predictor, Setting
 from tract.subspaces import evaluation
 from tract.subspaces.layers import (
@@ -79,24 +80,24 @@ class SubspaceMethod(Method):
             raise ValueError(f"expected cosine to be {' or '.join(_REGULARISERS)}, got {cosine!r}.")
         self.pieces, self.beta, self.regulariser = num_samples, beta, _REGULARISERS[cosine]
         self.shared_bias, self.reestimate, self.points, self.members = shared_bias, reestimate, points, members
-        self._others: list[nn.Module] = []
+        self._another: Callable[[], nn.Module] | None = None
         self._pair: tuple[int, int] | None = None
         # Of the evaluation that is going on: by the model (the network or its moving average) and the point.
         self._networks: dict[int, dict[tuple[float, ...], nn.Module]] = {}
 
     def prepare(self, setting: Setting) -> None:
-        """Draw the further endpoints as the network draws its own weights."""
-        self._others = [setting.another() for _ in range(self.path.endpoints - 1)]
+        """Take the way to further networks."""
+        self._another = setting.another
 
     def apply(self, model: nn.Module) -> str:
-        """Give the layers their endpoints."""
-        said = apply_subspace(model, self.path, self._others, self.shared_bias)
-        self._others = []
-        return " ".join(said)
+        """Give the layers their endpoints; the further ones are drawn as the network draws its own weights."""
+        others = [self._another() for _ in range(self.path.endpoints - 1)]
+        return " ".join(apply_subspace(model, self.path, others, self.shared_bias))
 
     def claims(self, model: nn.Module) -> Iterable[nn.Parameter]:
-        """The endpoints."""
-        return (parameter for layer in subspace_layers(model) for parameter in layer.parameters())
+        """The endpoints, but those that TrAct has too and claims."""
+        shared = {p for layer in tract_layers(model) for p in layer.weights().values()}
+        return (p for layer in subspace_layers(model) for p in layer.parameters() if p not in shared)
 
     def before_step(self, model: nn.Module, step: int) -> None:
         """Draw the pair of endpoints for the regulariser."""
@@ -119,7 +120,11 @@ class SubspaceMethod(Method):
         return self.beta * self.regulariser(model, *self._pair)
 
     def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
-        """The midpoint; at the end the path and its pairs, or corners, random points and these together."""
+        """The midpoint; at the end the path and its pairs, or corners, random points and these together.
+
+        The model itself is at the midpoint from here on, for other methods' networks.
+        """
+        set_coefficients(model, self.path.coefficients(*self.path.midpoint()))
         self._networks.pop(id(model), None)
         yield "test", self._at(model, occasion, self.path.midpoint())
         if not occasion.last:

@@ -39,8 +39,8 @@ class TrActMethod(Method):
         return f"TrAct (lambda {self.lambda_:g}) on {layers}"
 
     def claims(self, model: nn.Module) -> Iterator[nn.Parameter]:
-        """The layer's weight, whose gradient is replaced."""
-        return (layer.weight for layer in tract_layers(model))
+        """The layer's weight, or the endpoints of it, whose gradients are replaced."""
+        return (weight for layer in tract_layers(model) for weight in layer.weights().values())
 
     def param_groups(self, model: nn.Module) -> list[dict]:
         """All but the layer's parameters, then the layer's, which are marked by ``first_layer``."""
@@ -53,9 +53,12 @@ class TrActMethod(Method):
         return accumulate(model, TrActLayer)
 
     def metrics(self, model: nn.Module) -> Iterator[tuple[str, float]]:
-        """Frobenius norm and stable rank |W|_F^2 / |W|_2^2 of the first layer's weight, as an (m, n) matrix."""
+        """Frobenius norm and stable rank |W|_F^2 / |W|_2^2 of the first layer's weight, as an (m, n) matrix.
+
+        On a line, of the weight at its midpoint.
+        """
         for layer in tract_layers(model):
-            singular_values = torch.linalg.svdvals(layer.weight.detach().float().flatten(1))
+            singular_values = torch.linalg.svdvals(layer.result_weight().detach().float().flatten(1))
             squared_norm = singular_values.square().sum()
             yield "tract/weight_norm", squared_norm.sqrt().item()
             yield "tract/weight_stable_rank", (squared_norm / singular_values[0].square()).item()

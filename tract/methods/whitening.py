@@ -9,8 +9,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from tract.gathered import Gathering
 from tract.methods.base import Method, Setting
+from tract.owned import OwnedLayer, taken
 from tract.surgery import find_layer
+
+_KINDS = (nn.Linear, nn.Conv2d)
 
 
 class WhiteningMethod(Method):
@@ -36,6 +40,8 @@ class WhiteningMethod(Method):
         TypeError: (of ``apply``) a layer of another kind.
     """
 
+    order = 1
+
     def __init__(self, layer: str | None, images: int, eps: float):
         if images < 1 or not 0 < eps < float("inf"):
             raise ValueError(f"expected images of 1 or more and a finite eps above 0, got images={images}, eps={eps}.")
@@ -50,7 +56,11 @@ class WhiteningMethod(Method):
     def apply(self, model: nn.Module) -> str:
         """Set the filters and freeze them."""
         name, layer = find_layer(model, self.layer)
-        if type(layer) not in (nn.Linear, nn.Conv2d) or getattr(layer, "groups", 1) != 1:
+        if isinstance(layer, OwnedLayer) and not isinstance(layer, Gathering):
+            raise TypeError(f"whitening: expected a plain layer, {taken(layer, name)}")
+        # A layer that gathers has the plain layer's weight; whether two methods may have it is for claims to say.
+        is_plain = type(layer) in _KINDS or (isinstance(layer, Gathering) and isinstance(layer, _KINDS))
+        if not is_plain or getattr(layer, "groups", 1) != 1:
             raise TypeError(
                 f"expected an nn.Linear or an nn.Conv2d without groups to whiten, got {layer}; give layer=NAME."
             )

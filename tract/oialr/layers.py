@@ -17,12 +17,13 @@ from torch import Tensor
 
 from tract.layers import WRAPPED, same_state
 from tract.oialr.bases import Factors, decomposed, is_transposed, tall
+from tract.owned import OwnedLayer
 from tract.surgery import replace_module
 
 _FEW_OUTPUTS = 10  # a weight whose one side is that much shorter has nothing to gain
 
 
-class LowRankLayer(nn.Module):
+class LowRankLayer(OwnedLayer):
     """What all low-rank layers share; :func:`to_low_rank` makes them of plain ones.
 
     Attributes:
@@ -33,6 +34,7 @@ class LowRankLayer(nn.Module):
         checked: the diagonal of Sigma after the last check, shape (k,).
     """
 
+    method = "OIALR"
     dense_shape: torch.Size
     rank: Tensor
     stability: Tensor

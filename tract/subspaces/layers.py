@@ -1,23 +1,25 @@
 """Layers whose weights are a point of a subspace (arXiv 2102.10472): W = sum_i c_i W_i, then the plain layer.
 
 The endpoints W_i are the parameters ``weight``, ``weight1``, ... (and ``bias``, ``bias1``, ...) of the layer, so
-that the state dict of endpoint 0 has the plain names. The gradient of endpoint i is c_i times the plain one. All
-points share the running statistics of a batch norm, and whatever is no subspace layer.
+that the state dict of endpoint 0 has the plain names. The gradient of endpoint i is c_i times the plain one, or,
+where the layer has TrAct, c_i times the TrAct gradient G (X^T X / b + lambda I)^-1 at the point. All points share
+the running statistics of a batch norm, and whatever is no subspace layer.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from tract.layers import same_state
+from tract.layers import TrActConv1d, TrActConv2d, TrActConv3d, TrActLayer, TrActLinear, same_state
+from tract.owned import OwnedLayer, taken
 from tract.subspaces.paths import Path
 from tract.surgery import replace_module
 
@@ -33,7 +35,7 @@ def _(x):
     return torch.empty_like(x)
 
 
-class SubspaceLayer(nn.Module):
+class SubspaceLayer(OwnedLayer):
     """What all subspace layers share; :func:`apply_subspace` makes them of plain ones.
 
     Attributes:
@@ -42,6 +44,8 @@ class SubspaceLayer(nn.Module):
         coefficients: the point, of shape (endpoints,); filled in place by :func:`set_coefficients`.
     """
 
+    method = "a line, curve or simplex"
+    tract_type: ClassVar[type[TrActLayer]]
     path: Path
     mixed: tuple[str, ...]
     coefficients: Tensor
@@ -50,20 +54,25 @@ class SubspaceLayer(nn.Module):
         """Endpoint ``index`` of "weight" or "bias"."""
         return getattr(self, endpoint_name(name, index))
 
-    def point(self) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias at the coefficients; with one endpoint, the parameters themselves."""
+    def weights(self) -> dict[str, Tensor]:
+        """The endpoints of the weight by name."""
+        names = (endpoint_name("weight", index) for index in range(self.path.endpoints))
+        return {name: getattr(self, name) for name in names}
+
+    def point(self, weights: Mapping[str, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias at the coefficients; with one endpoint, the parameters themselves.
+
+        Args:
+            weights: what stands for :meth:`weights`.
+        """
+        weights = self.weights() if weights is None else weights
         if self.path.endpoints == 1:
-            return self.weight, self.bias
+            return weights["weight"], self.bias
         # A copy, since the backward pass needs these values also where the next forward pass has others.
         copied = held(self.coefficients) if torch.compiler.is_compiling() else self.coefficients.clone()
         shares = copied.unbind()
-        return tuple(self._at(name, shares) if name in self.mixed else getattr(self, name) for name in _NAMES)
-
-    def _at(self, name: str, shares: Sequence[Tensor]) -> Tensor:
-        total = shares[0] * getattr(self, name)
-        for index, share in enumerate(shares[1:], 1):
-            total = torch.addcmul(total, share, self.endpoint(name, index))
-        return total
+        bias = _mixture(shares, _endpoints(self, "bias")) if "bias" in self.mixed else self.bias
+        return _mixture(shares, list(weights.values())), bias
 
     def extra_repr(self) -> str:
         """The plain layer's options and the subspace."""
@@ -113,6 +122,44 @@ class _SubspaceBatchNorm(SubspaceLayer):
         return F.batch_norm(x, mean, variance, weight, bias, self.training or not own, momentum, self.eps)
 
 
+class TrActSubspaceLayer(SubspaceLayer, TrActLayer):
+    """What the subspace layers with TrAct share: all endpoints have the second moment of all rows."""
+
+    method = "TrAct"
+
+    def _made_of(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        return self.point(weights)
+
+    def result_weight(self) -> Tensor:
+        """The weight at the midpoint."""
+        shares = self.coefficients.new_tensor(self.path.coefficients(*self.path.midpoint()))
+        return _mixture(shares.unbind(), list(self.weights().values()))
+
+
+class TrActSubspaceLinear(TrActSubspaceLayer, TrActLinear):
+    """TrActLinear at a point of a subspace."""
+
+    plain_type = SubspaceLinear
+
+
+class TrActSubspaceConv1d(TrActSubspaceLayer, TrActConv1d):
+    """TrActConv1d at a point of a subspace."""
+
+    plain_type = SubspaceConv1d
+
+
+class TrActSubspaceConv2d(TrActSubspaceLayer, TrActConv2d):
+    """TrActConv2d at a point of a subspace."""
+
+    plain_type = SubspaceConv2d
+
+
+class TrActSubspaceConv3d(TrActSubspaceLayer, TrActConv3d):
+    """TrActConv3d at a point of a subspace."""
+
+    plain_type = SubspaceConv3d
+
+
 class SubspaceBatchNorm1d(_SubspaceBatchNorm, nn.BatchNorm1d):
     """nn.BatchNorm1d at a point of a subspace."""
 
@@ -145,8 +192,17 @@ NORMS = {
     nn.BatchNorm3d: SubspaceBatchNorm3d,
     nn.LayerNorm: SubspaceLayerNorm,
 }
+WITH_TRACT = {
+    TrActLinear: TrActSubspaceLinear,
+    TrActConv1d: TrActSubspaceConv1d,
+    TrActConv2d: TrActSubspaceConv2d,
+    TrActConv3d: TrActSubspaceConv3d,
+}
+for _kind in WITH_TRACT.values():
+    _kind.plain_type.tract_type = _kind
 KINDS = WITH_MATRIX | NORMS
-_PLAIN = {kind: plain for plain, kind in KINDS.items()}
+_ALL = KINDS | WITH_TRACT
+_PLAIN = {kind: plain for plain, kind in _ALL.items()}
 _NAMES = ("weight", "bias")
 
 
@@ -164,8 +220,9 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
     """Give every linear, convolution, batch norm and layer norm of a model endpoints, in place.
 
     Endpoint 0 has the model's own Parameter objects. The point is the midpoint until
-    :func:`set_coefficients`. Layers of other classes (subclasses, lazy, parametrized or wrapped ones, other norms)
-    and layers that share a parameter with one of them keep one value for all points.
+    :func:`set_coefficients`. Layers with TrAct keep it, and may get it later. Layers of other classes (subclasses,
+    lazy or parametrized ones, other norms) and layers that share a parameter with one of them keep one value for all
+    points.
 
     Args:
         model: any module that contains such a layer.
@@ -178,7 +235,7 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
 
     Raises:
         ValueError: another number of models than the path needs, a model that is built otherwise, none of these
-            layers, or a subspace already.
+            layers, or layers of another method but TrAct.
 
     Example:
         >>> from tract.subspaces.paths import Line
@@ -192,7 +249,13 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
             "make each by the model's own constructor."
         )
     if subspace_layers(model):
-        raise ValueError("expected a plain model, got one with subspace layers already; plain_at gives a plain one.")
+        raise ValueError(
+            "expected a plain model, got one with subspace layers already; use one subspace, or plain_at, which gives "
+            "a plain model."
+        )
+    for name, layer in model.named_modules():
+        if isinstance(layer, OwnedLayer) and not isinstance(layer, TrActLayer):
+            raise ValueError(f"a subspace: expected layers that are plain or have TrAct, {taken(layer, name)}")
     layers = _supported(model)
     if not layers:
         raise ValueError(
@@ -203,9 +266,9 @@ def apply_subspace(model: nn.Module, path: Path, others: Sequence[nn.Module], sh
     memo: dict[tuple[int, int], nn.Parameter] = {}  # tied parameters have tied endpoints
     twins = []
     for name, layer in layers.items():
-        mixed = tuple(n for n in _NAMES if n == "weight" or not (shared_bias and type(layer) in WITH_MATRIX))
+        mixed = tuple(n for n in _NAMES if n == "weight" or not (shared_bias and isinstance(layer, tuple(WITH_MATRIX))))
         mixed = tuple(n for n in mixed if layer._parameters[n] is not None)
-        twin = same_state(layer, KINDS[type(layer)])
+        twin = same_state(layer, _ALL[type(layer)])
         twin.path, twin.mixed = path, mixed
         for index, table in enumerate(tables, 1):
             for parameter in mixed:
@@ -258,7 +321,7 @@ def set_coefficients_layerwise(model: nn.Module, draws: Sequence[Sequence[float]
 
 
 def plain_at(model: nn.Module, *alpha: float) -> nn.Module:
-    """A point of the subspace as a new plain model; the source stays as it is.
+    """A point of the subspace as a new plain model; the source stays as it is. TrAct stays on its layer.
 
     ``plain_at(model, 0.3).state_dict()`` exports this point: its keys are the plain model's, in that order.
 
@@ -342,7 +405,7 @@ def load_endpoint(model: nn.Module, index: int, state_dict: dict[str, Tensor]) -
 def _supported(model: nn.Module) -> dict[str, nn.Module]:
     """Layers that can have endpoints, by name: exactly of a plain class, with parameters of their own."""
     named = dict(model.named_modules())
-    fit = {n for n, m in named.items() if n and type(m) in KINDS and tuple(m._parameters) == _NAMES}
+    fit = {n for n, m in named.items() if n and type(m) in _ALL and tuple(m._parameters) == _NAMES}
     fit = {n for n in fit if named[n].weight is not None}
     elsewhere = {id(p) for n, m in named.items() if n not in fit for p in m._parameters.values()}
     return {n: m for n, m in named.items() if n in fit and not any(id(p) in elsewhere for p in m._parameters.values())}
@@ -350,7 +413,8 @@ def _supported(model: nn.Module) -> dict[str, nn.Module]:
 
 def _value(name: str, layer: nn.Module, other: nn.Module | None, index: int) -> Tensor:
     own, key = layer._parameters, name.rpartition(".")[2]
-    value = other._parameters.get(key) if type(other) is type(layer) else None
+    same_kind = type(other) in (type(layer), getattr(layer, "plain_type", None))  # with or without TrAct
+    value = other._parameters.get(key) if same_kind else None
     if value is None or value.shape != own[key].shape:
         got = "no such layer" if value is None else f"shape {tuple(value.shape)}"
         raise ValueError(
@@ -367,6 +431,13 @@ def _count(count: int, what: str) -> str:
 def _parameter(value: Tensor, like: nn.Parameter) -> nn.Parameter:
     value = value.to(device=like.device, dtype=like.dtype, copy=True)
     return nn.Parameter(value, requires_grad=like.requires_grad)
+
+
+def _mixture(shares: Sequence[Tensor], endpoints: Sequence[Tensor]) -> Tensor:
+    total = shares[0] * endpoints[0]
+    for share, endpoint in zip(shares[1:], endpoints[1:], strict=True):
+        total = torch.addcmul(total, share, endpoint)
+    return total
 
 
 def _endpoints(layer: SubspaceLayer, name: str) -> list[nn.Parameter]:
