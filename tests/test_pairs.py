@@ -9,9 +9,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from experiments.config import CONF, compose_config, config_hash, folder_of
+from experiments.config import CONF, compose_config, config_hash, folder_of, options_of
 from experiments.models import build_model
 from experiments.randomness import seed_torch
+from experiments.tools.export_point import main as export_main
 from experiments.training import checkpoint
 from experiments.training.loop import Trainer
 from experiments.training.run import run
@@ -332,11 +333,7 @@ def test_the_penalty_of_a_line_stays_plain(tmp_path):
     }
     config = _config(tmp_path, "tract", "line")
     seed_torch(config.seed, "initialisation")
-    size = {
-        "in_channels": 1,
-        "image_size": 8,
-        **{k: v for k, v in config.model.items() if k not in ("name", "_target_")},
-    }
+    size = {"in_channels": 1, "image_size": 8, **options_of(config.model)}
     ends = [dict(build_model("vit_small", 10, **size).named_parameters()) for _ in range(2)]
     names = [name for name in found[0.0] if f"{name}1" in found[0.0] and ends[0][name].dim() > 1]
     assert "emb.weight" in names
@@ -384,6 +381,25 @@ def test_the_pair_comes_apart_again(order):
     unwrap(model)
     assert type(model[0]) is SubspaceLinear
     assert not hasattr(model[0], "lambda_")
+
+
+def test_a_point_of_a_line_with_tract_is_exported(tmp_path, capsys):
+    config = _config(tmp_path, "tract", "line", max_steps=2)
+    run(config)
+    folder = folder_of(config)
+    assert export_main([str(folder), "--alpha", "0.25", "--out", str(tmp_path / "point.pt")]) == 0
+    point = torch.load(tmp_path / "point.pt", weights_only=True)["model"]
+    weights = checkpoint.load(folder.newest_checkpoint(), config_hash(config))["model"]
+    size = {"in_channels": 1, "image_size": 8, **options_of(config.model)}
+    plain = build_model("vit_small", 10, **size).state_dict()
+    assert point.keys() == plain.keys()
+    for name, value in point.items():
+        other = weights.get(f"{name}1", weights[name])
+        torch.testing.assert_close(value, 0.75 * weights[name] + 0.25 * other)
+    config = _config(tmp_path, "line", "swa", max_steps=2)
+    run(config)
+    assert export_main([str(folder_of(config)), "--out", str(tmp_path / "point.pt")]) == 2
+    assert "expected a run without swa, whose snapshots are no point, got line+swa" in capsys.readouterr().err
 
 
 # -- other pairs ------------------------------------------------------------------------------------------

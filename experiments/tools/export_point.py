@@ -34,7 +34,9 @@ from runfolder.errors import EXIT_BAD_INPUT, Parser, UserError
 from runfolder.files import write_atomically
 from runfolder.folder import RunFolder, typed
 from runfolder.states import State, state_of
-from tract.methods.base import Setting
+from tract.methods.base import Method, Setting
+from tract.methods.composed import Composed
+from tract.methods.snapshots import SnapshotMethod
 from tract.methods.subspace import SubspaceMethod
 from tract.subspaces import plain_at, reestimated
 
@@ -76,12 +78,16 @@ def export(folder: RunFolder, alpha: Sequence[float] | None, out: Path, estimate
     if state_of(folder) != State.finished:
         raise UserError(f"expected a finished run, got {folder}, which is {state_of(folder)}; train it first.")
     method = build(config.method)
-    if not isinstance(method, SubspaceMethod):
+    parts = list(method.parts.values()) if isinstance(method, Composed) else [method]
+    path = next((part.path for part in parts if isinstance(part, SubspaceMethod)), None)
+    if path is None:
         raise UserError(f"expected a run with method=line, curve or simplex, got {config.method['name']}.")
+    if any(isinstance(part, SnapshotMethod) for part in parts):
+        raise UserError(f"expected a run without swa, whose snapshots are no point, got {config.method['name']}.")
     data = load_data(config, Ranks())
     model = _model(config, method, folder, len(data.classes), data.shape)
     try:
-        point = plain_at(model, *(method.path.midpoint() if alpha is None else alpha))
+        point = plain_at(model, *(path.midpoint() if alpha is None else alpha))
     except ValueError as error:
         raise UserError(f"--alpha: {error}") from None
     if estimate:
@@ -97,7 +103,7 @@ def export(folder: RunFolder, alpha: Sequence[float] | None, out: Path, estimate
         raise UserError(f"expected --out to be a place to write to, got {out} ({error.strerror}).") from None
 
 
-def _model(config: Config, method: SubspaceMethod, folder: RunFolder, classes: int, shape: dict) -> torch.nn.Module:
+def _model(config: Config, method: Method, folder: RunFolder, classes: int, shape: dict) -> torch.nn.Module:
     """The run's network with its subspace and its last checkpoint's weights."""
 
     def network() -> torch.nn.Module:
