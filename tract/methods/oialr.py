@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
 
@@ -15,6 +14,7 @@ from tract.methods.base import Measure, Method, Occasion, Predictor
 from tract.oialr.bases import Factors, basis, decomposed, mixing_distance, stability, stable_rank, tall
 from tract.oialr.checks import Checks
 from tract.oialr.layers import (
+    UNKNOWN,
     LowRankLayer,
     as_tall,
     counts,
@@ -198,7 +198,7 @@ class OIALRMethod(Method):
                 converted_now = name in self._carries
                 self._turn(name, layer, result, optimizer)
                 if converted_now:  # R has not had a step to move in
-                    layer.distance.fill_(math.inf)
+                    layer.distance.fill_(UNKNOWN)
                 continue
             (turned, apart), *factors = result
             if factors:
@@ -216,7 +216,7 @@ class OIALRMethod(Method):
             return updated(layer, self.fraction)
         now, reference = as_tall(layer), tall(layer._parameters[_REFERENCE].detach()).double()
         if not reference.any():  # the first check of this layer
-            return (now.new_full((2,), math.inf),)
+            return (now.new_full((2,), UNKNOWN),)
         factors, before = decomposed(now), decomposed(reference)
         turned = stability(basis(before.u, before.vh), basis(factors.u, factors.vh))
         numbers = torch.stack([turned, mixing_distance(reference, now)])
@@ -285,7 +285,7 @@ class OIALRMethod(Method):
             yield f"oialr/full_rank/{name}", float(full)
             if low or _REFERENCE in layer._parameters:
                 for tag, value in (("stability", layer.stability), ("mixing_distance", layer.distance)):
-                    if value.isfinite():
+                    if value != UNKNOWN:
                         yield f"oialr/{tag}/{name}", value.item()
 
     def evaluated(self, model: nn.Module, occasion: Occasion) -> Iterator[tuple[str, Predictor]]:
@@ -323,8 +323,8 @@ def _track(layer: nn.Module) -> None:
     """Keep the weight of the last check beside a dense layer's, and what was found then."""
     weight = _weight(layer)
     layer.register_parameter(_REFERENCE, nn.Parameter(torch.zeros_like(weight), requires_grad=False))
-    layer.register_buffer("stability", weight.detach().new_full((), math.inf))
-    layer.register_buffer("distance", weight.detach().new_full((), math.inf))
+    layer.register_buffer("stability", weight.detach().new_full((), UNKNOWN))
+    layer.register_buffer("distance", weight.detach().new_full((), UNKNOWN))
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

@@ -20,6 +20,7 @@ from tract.oialr.bases import Factors, decomposed, is_transposed, tall
 from tract.owned import OwnedLayer
 from tract.surgery import replace_module
 
+UNKNOWN = -2.0  # neither a Stability nor a distance; a number, since moving averages of buffers must stay finite
 _FEW_OUTPUTS = 10  # a weight whose one side is that much shorter has nothing to gain
 
 
@@ -29,7 +30,7 @@ class LowRankLayer(OwnedLayer):
     Attributes:
         dense_shape: of the weight.
         rank: how many singular values count; k, unless the shapes are kept (``reinit_shapes=False``).
-        stability: of the basis at the last check; infinite before the first.
+        stability: of the basis at the last check; UNKNOWN before the first.
         distance: by how much the mixing matrix has moved since the check before; likewise.
         checked: the diagonal of Sigma after the last check, shape (k,).
     """
@@ -213,7 +214,7 @@ def to_low_rank(model: nn.Module, name: str, factors: Factors) -> LowRankLayer:
         value = value.to(dense).contiguous()
         low.register_parameter(own, nn.Parameter(value, requires_grad=own == "s" and dense.requires_grad))
     for record in ("stability", "distance"):
-        low.register_buffer(record, dense.new_full((), math.inf))
+        low.register_buffer(record, dense.new_full((), UNKNOWN))
     low.register_buffer("rank", torch.tensor(len(factors.sigma), device=dense.device))
     low.register_buffer("checked", factors.sigma.to(dense))
     replace_module(model, layer, low)
