@@ -479,3 +479,61 @@ def test_operations_of_a_step_are_those_of_the_products():
     small, rows = 2 * 8 * 8 * 8, 2 * 6 * 8 * 8
     assert found["flops_step"].tolist() == pytest.approx([(small + 2 * rows + 2 * rows + small) / 6] * 6)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("optimizer", "options"), [("Adamax", {}), ("RMSprop", {"centered": True}), ("Adafactor", {})])
+def test_state_that_is_no_moment_starts_anew(optimizer, options):
+    """Largest values, a mean beside a mean of squares, rows and columns: none of them can be turned."""
+    before, *_ = _train(_method(delay=1000), 12, getattr(torch.optim, optimizer), lr=1e-3, **options)
+    model, its, _ = _train(_method(delay=6), 12, getattr(torch.optim, optimizer), lr=1e-3, **options)
+    require_held(its, model)
+    assert low_rank_layers(model)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    for state in its.state.values():
+        assert all((value >= 0).all() for name, value in state.items() if name in ("exp_inf", "square_avg"))
+    assert not low_rank_layers(before)
+
+
+def test_frozen_layers_and_layers_that_are_not_finite_stay():
+    model = _net()
+    model[0].weight.requires_grad_(False)
+    assert eligible_layers(model, False, False) == ["2", "4"]
+    model = _net().double()
+    method = _method(delay=2)
+    method.apply(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with torch.no_grad():
+        model[2].weight[0, 0] = math.nan
+    method.after_step(model, optimizer, 0)
+    assert list(low_rank_layers(model)) == ["0", "4"]
+    with torch.no_grad():
+        model[0].s.fill_(math.inf)
+    method.after_step(model, optimizer, 2)  # the loop says that the loss is not finite
+
+
+@pytest.mark.parametrize("freeze", ["stability", "never"])
+def test_the_first_check_may_come_before_the_first_step(freeze):
+    method, model = _method(freeze=freeze, delay=1), _net()
+    method.apply(model)
+    assert all(torch.equal(layer.reference, layer.weight) for layer in model if isinstance(layer, nn.Linear))
+
+
+def test_whoever_reads_the_weight_of_a_factorised_layer_gets_it():
+    """As PyTorch's own encoder layers do."""
+    torch.manual_seed(9)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True), 2).eval()
+    for name in eligible_layers(encoder, False, False):
+        layer = encoder.get_submodule(name)
+        to_low_rank(encoder, name, decomposed(layer._parameters[weight_name(layer)], 3))
+    x, drawn = torch.randn(2, 5, 16), torch.get_rng_state()
+    small = factorised(encoder)
+    assert torch.equal(torch.get_rng_state(), drawn), "nothing is drawn"
+    with torch.no_grad():
+        torch.testing.assert_close(small(x), encoder(x), atol=1e-5, rtol=1e-4)
+    for kind in ("linear, tall", "conv2d, grouped", "conv1d"):
+        model = nn.Sequential(LAYERS[kind][0]())
+        low = to_low_rank(model, "0", decomposed(model[0].weight, 1))
+        torch.testing.assert_close(factorised(model)[0].weight, low.weight)
+    low.register_forward_hook(lambda *args: 2 * args[-1])
+    x = torch.randn(LAYERS["conv1d"][1])
+    torch.testing.assert_close(factorised(model)(x), model(x), atol=1e-6, rtol=1e-5)

@@ -28,6 +28,7 @@ from tract.oialr.updates import (
     MOMENTS,
     Moments,
     apply_update,
+    can_move,
     converted_moments,
     from_owners,
     moved,
@@ -133,6 +134,7 @@ class OIALRMethod(Method):
         if self.freeze != "conversion":
             for name in names:
                 _track(model.get_submodule(name))
+            self._check(model, None, 1)
             return f"OIALR ({self.freeze}) follows {len(names)} layers: {', '.join(names)}"
         if self.converts_at == 1:
             self._convert(model, names, None)
@@ -194,6 +196,8 @@ class OIALRMethod(Method):
         found = from_owners(due, lambda index: self._looked_at(model.get_submodule(names[index])), _device(model))
         for index, layer, result in zip(due, layers, found, strict=True):
             name = names[index]
+            if not result:
+                continue
             if isinstance(layer, LowRankLayer):
                 converted_now = name in self._carries
                 self._turn(name, layer, result, optimizer)
@@ -211,7 +215,12 @@ class OIALRMethod(Method):
             layer.distance.fill_(apart)
 
     def _looked_at(self, layer: nn.Module) -> tuple[Tensor, ...]:
-        """What a check finds: an update; or Stability and distance, and with a basis that is stable its factors."""
+        """What a check finds: an update; or Stability and distance, and with a basis that is stable its factors.
+
+        Nothing of a layer whose numbers are not finite: the loop is going to say so.
+        """
+        if not (layer.s if isinstance(layer, LowRankLayer) else _weight(layer)).isfinite().all():
+            return ()
         if isinstance(layer, LowRankLayer):
             return updated(layer, self.fraction)
         now, reference = as_tall(layer), tall(layer._parameters[_REFERENCE].detach()).double()
@@ -233,7 +242,8 @@ class OIALRMethod(Method):
         if optimizer is not None:
             cuts = self.reshapes or self.moments == "rotated"
             move = moved(left, right, self.moments) if cuts else (lambda _, moment: moment)
-            replace_in(optimizer, old["s"], layer.s, move)
+            movable = can_move(optimizer.state.get(old["s"], {}), old["s"])
+            replace_in(optimizer, old["s"], layer.s, move if movable else None)
             for frozen in ("u", "vh"):
                 if is_held(optimizer, old[frozen]):
                     replace_in(optimizer, old[frozen], layer._parameters[frozen])
@@ -243,12 +253,16 @@ class OIALRMethod(Method):
     def _convert(self, model: nn.Module, names: list[str], optimizer: torch.optim.Optimizer | None) -> None:
         """All layers at once, each with the first singular values of its weight."""
 
-        def factors_of(index: int) -> Factors:
+        def factors_of(index: int) -> Factors | tuple[()]:
             weight = _weight(model.get_submodule(names[index]))
+            if not weight.isfinite().all():
+                return ()
             return decomposed(weight, max(1, int(self.ratio * min(tall(weight).shape))))
 
         found = from_owners(range(len(names)), factors_of, _device(model))
         for name, factors in zip(names, found, strict=True):
+            if not factors:
+                continue
             self._become_low_rank(model, name, Factors(*factors), optimizer)
 
     def _become_low_rank(
@@ -257,7 +271,9 @@ class OIALRMethod(Method):
         plain = model.get_submodule(name)
         layer = to_low_rank(model, name, factors)
         if optimizer is not None:
-            replace_in(optimizer, _weight(plain), layer.s, converted_moments(factors, tall, self.moments))
+            weight = _weight(plain)
+            move = converted_moments(factors, tall, self.moments)
+            replace_in(optimizer, weight, layer.s, move if can_move(optimizer.state.get(weight, {}), weight) else None)
             for frozen in (layer.u, layer.vh):
                 add_to(optimizer, frozen, beside=layer.s)
             reference = plain._parameters.get(_REFERENCE)
@@ -307,13 +323,14 @@ class OIALRMethod(Method):
 
 def _operations(model: nn.Module, images: Tensor, backward: bool) -> int:
     """Floating point operations of matrix products and convolutions, a multiplication and an addition as two."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # attention in one piece is not counted
     try:
         with torch.set_grad_enabled(backward), FlopCounterMode(display=False) as counter:
             scores = model(images)
-            if backward:
-                torch.autograd.grad(scores.sum(), [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+            if backward and trained:
+                torch.autograd.grad(scores.sum(), trained, allow_unused=True)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops()
@@ -335,6 +352,8 @@ def _cure(model: nn.Module) -> str:
     others = sorted({layer.method for layer in model.modules() if isinstance(layer, OwnedLayer)})
     if others:
         return f"layers made by {' and '.join(others)} stay as they are, so leave that out, or give it fewer layers"
+    if not list(model.children()):
+        return "put a lone layer into nn.Sequential"
     return "set keep_first_layer or keep_last_layer to false, or take another model"
 
 

@@ -149,8 +149,8 @@ def eligible_layers(model: nn.Module, keep_first: bool, keep_last: bool) -> list
 
     Linear layers whose shorter side is more than a tenth of the longer one; Conv1d and Conv2d with
     in * kernel / groups >= outputs / 10; nn.MultiheadAttention with one width, for its input projection. Not
-    layers of other classes (subclasses, lazy, parametrized ones), and none that shares its weight. A layer that
-    another method has wrapped counts as the first or last one, and stays what it is.
+    layers of other classes (subclasses, lazy, parametrized ones), nor any whose weight is frozen or shared. A layer
+    that another method has wrapped counts as the first or last one, and stays what it is.
 
     Args:
         model: plain, or wrapped by other methods.
@@ -170,13 +170,13 @@ def eligible_layers(model: nn.Module, keep_first: bool, keep_last: bool) -> list
         name
         for name in found
         if isinstance(named[name], LowRankLayer)
-        or (type(named[name]) in KINDS and uses.get(_weight_id(named[name])) == 1)
+        or (type(named[name]) in KINDS and uses.get(_trained_weight_id(named[name])) == 1)
     ]
 
 
-def _weight_id(layer: nn.Module) -> int | None:
+def _trained_weight_id(layer: nn.Module) -> int | None:
     weight = layer._parameters.get(weight_name(layer))
-    return None if weight is None else id(weight)
+    return id(weight) if weight is not None and weight.requires_grad else None
 
 
 def _pays(module: nn.Module) -> bool:
@@ -234,11 +234,34 @@ def dense_layer(layer: LowRankLayer) -> nn.Module:
     return plain
 
 
+class Factorised(nn.Sequential):
+    """Two plain layers, A and then B, which for whoever reads ``weight`` and ``bias`` are one layer."""
+
+    dense_shape: torch.Size
+
+    @property
+    def weight(self) -> Tensor:
+        """W = B A, in the plain layer's shape."""
+        first, second = self
+        groups = getattr(first, "groups", 1)
+        a = first.weight.flatten(1)[: len(first.weight) // groups]
+        return (second.weight.flatten(1) @ a).reshape(self.dense_shape)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """B's."""
+        return self[1].bias
+
+
 def factorised_layer(layer: LowRankLayer) -> nn.Module:
-    """Two plain layers, A and then B with the bias, where that is fewer numbers; else the dense layer."""
+    """Two plain layers, A and then B with the bias, where that is fewer numbers; else the dense layer.
+
+    A layer with hooks is dense too, since they are for one layer.
+    """
     outputs, rest, groups = layer.dense_shape[0], layer.dense_shape[1:].numel(), getattr(layer, "groups", 1)
     rank = int(layer.rank)
-    if isinstance(layer, nn.MultiheadAttention) or rank * (groups * rest + outputs) >= outputs * rest:
+    hooks = layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks
+    if hooks or isinstance(layer, nn.MultiheadAttention) or rank * (groups * rest + outputs) >= outputs * rest:
         return dense_layer(layer)
     a, b = (factor.detach() for factor in layer.factors())
     if rank < len(layer.s):
@@ -246,21 +269,23 @@ def factorised_layer(layer: LowRankLayer) -> nn.Module:
         full = (weight.u * weight.sigma, weight.vh)
         b, a = full if not is_transposed((outputs, rest)) else (weight.vh.mT, (weight.u * weight.sigma).mT)
     if isinstance(layer, nn.Linear):
-        first = nn.Linear(rest, rank, bias=False)
-        second = nn.Linear(rank, outputs, bias=layer.bias is not None)
+        first = nn.Linear(rest, rank, bias=False, device="meta")  # which draws no random numbers
+        second = nn.Linear(rank, outputs, bias=False, device="meta")
         a_kernel, b_kernel = a, b
     else:
         kind, spatial = type(dense_layer(layer)), len(layer.kernel_size)
         options = {key: getattr(layer, key) for key in ("stride", "padding", "dilation", "groups", "padding_mode")}
-        first = kind(layer.in_channels, groups * rank, layer.kernel_size, bias=False, **options)
-        second = kind(groups * rank, outputs, 1, groups=groups, bias=layer.bias is not None)
+        first = kind(layer.in_channels, groups * rank, layer.kernel_size, bias=False, device="meta", **options)
+        second = kind(groups * rank, outputs, 1, groups=groups, bias=False, device="meta")
         a_kernel = a.reshape(rank, *layer.dense_shape[1:]).repeat(groups, *[1] * (spatial + 1))
         b_kernel = b.reshape(*b.shape, *[1] * spatial)
     for target, value in ((first, a_kernel), (second, b_kernel)):
         target.weight = nn.Parameter(value.to(layer.s).contiguous().clone())
     if layer.bias is not None:
-        second.bias = nn.Parameter(layer.bias.detach().clone())
-    return nn.Sequential(first, second).train(layer.training)
+        second.bias = nn.Parameter(layer.bias.detach().clone(), requires_grad=layer.bias.requires_grad)
+    pair = Factorised(first, second).train(layer.training)
+    pair.dense_shape = layer.dense_shape
+    return pair
 
 
 def dense(model: nn.Module) -> nn.Module:

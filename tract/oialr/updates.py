@@ -17,13 +17,18 @@ from tract.parameters import Move
 
 Moments = Literal["rotated", "original"]
 MOMENTS = ("rotated", "original")
-# What optimizers call the mean of the squares of gradients; other state is linear in the gradient.
-_SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "v")
+# What optimizers call the mean (or sum) of the squares of gradients, and what is linear in gradients or weights.
+_SQUARES = {"exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum"}
+_LINEAR = {"exp_avg", "momentum_buffer", "ax"}
 
 
-def is_square(name: str) -> bool:
-    """Whether an optimizer's state of this name is made of squared gradients."""
-    return name in _SQUARES or "sq" in name
+def can_move(state: dict, parameter: Tensor) -> bool:
+    """Whether all tensors of an optimizer's state of a parameter are of a known kind and of its shape.
+
+    Others (factored second moments, largest values, step sizes, a mean beside a mean of squares) start anew.
+    """
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor) and value.ndim}
+    return all(n in _SQUARES | _LINEAR and t.shape == parameter.shape for n, t in tensors.items())
 
 
 def projected(u: Tensor, moment: Tensor, vh: Tensor, squares: bool) -> Tensor:
@@ -51,7 +56,7 @@ def moved(left: Tensor, right: Tensor, moments: Moments) -> Move:
         if moments == "original":
             kept = right.shape[0]
             return moment[:kept, :kept].clone()
-        return projected(left, moment, right, is_square(name)).to(moment)
+        return projected(left, moment, right, name in _SQUARES).to(moment)
 
     return move
 
@@ -69,7 +74,7 @@ def converted_moments(factors: Factors, shape_of: Callable[[Tensor], Tensor], mo
         rank = len(factors.sigma)
         if moments == "original":
             return moment.new_zeros(rank, rank)
-        return projected(factors.u, shape_of(moment), factors.vh, is_square(name)).to(moment)
+        return projected(factors.u, shape_of(moment), factors.vh, name in _SQUARES).to(moment)
 
     return move
 
@@ -147,7 +152,8 @@ def _broadcast(tensors: Sequence[Tensor] | None, source: int, device: torch.devi
     shapes = [tuple(numbers[3 * i + 1 : 3 * i + 1 + numbers[3 * i]]) for i in range(count)]
     sizes = [torch.Size(shape).numel() for shape in shapes]
     packed = torch.empty(sum(sizes), dtype=torch.float64, device=device)
-    if tensors is not None:
+    if tensors:
         torch.cat([tensor.detach().to(packed).flatten() for tensor in tensors], out=packed)
-    dist.broadcast(packed, source)
+    if count:
+        dist.broadcast(packed, source)
     return [part.view(shape) for part, shape in zip(packed.split(sizes), shapes, strict=True)]
