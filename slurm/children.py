@@ -28,6 +28,7 @@ class Child:
     is_deaf: bool  # until it has begun to train
     asked_to_stop: float = 0.0  # when it was last told to
     bereaved: float = 0.0  # since when another rank of its run has failed
+    left_alone: bool = False  # ended by us, since another rank has left before it could train
 
     def ask_to_stop(self) -> None:
         """USR2; again and again to one that hears nothing while it is still starting."""

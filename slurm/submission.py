@@ -70,9 +70,9 @@ class Submission:
         """What the first rank of a job has chosen to train, for the other ranks."""
         return self.folder / "ranks" / f"{job}-{restart}.json"
 
-    def runs_left_by_a_rank(self, job: str, restart: int) -> Path:
-        """What a rank of a job leaves without having started it, for the other ranks."""
-        return self.folder / "ranks" / f"{job}-{restart}-left.json"
+    def runs_left_by(self, job: str, restart: int, rank: int | str) -> Path:
+        """What a rank of a job leaves without having started it, for the other ranks; rank "*" for a pattern."""
+        return self.folder / "ranks" / f"{job}-{restart}-left-{rank}.json"
 
     def runs(self, part: int, index: int) -> list[RunFolder]:
         """The runs of one job."""

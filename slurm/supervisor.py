@@ -152,8 +152,10 @@ class Supervisor:
                 self._leave_waiting()
             except UserError as error:
                 self._give_up_here(self._waiting, error)
+                self._unstarted += self._waiting or self._folders
             except OSError as error:  # a shared file system that fails for a moment: start again
                 self._log.say(f"stopped by {type(error).__name__}: {error}")
+                self._unstarted += [] if self._waiting or self._children else self._folders
                 self._end_children()
                 self._leave_waiting()
             self._tell_other_ranks()
@@ -325,6 +327,8 @@ class Supervisor:
         if not self._is_first:
             self._note_killed_rank(child.folder, code)
             return
+        # A process that waited for a rank which is gone was killed by us, and has lost nothing.
+        code = -signal.SIGTERM if child.left_alone and code == -signal.SIGKILL else code
         verdict = judge(child.folder, code, self._why_stopped(), self._stopping, self._in_slurm)
         reason = verdict.reason
         if code == -signal.SIGKILL and verdict.then is Then.again:
@@ -427,17 +431,18 @@ class Supervisor:
         """End processes that wait in vain for a rank that has failed, or that left before it could train."""
         if time.monotonic() > self._next_look:
             self._next_look = time.monotonic() + _POLL_RANKS
-            left = read_json(self._submission.runs_left_by_a_rank(*self._job_and_restart)).get("runs", [])
+            pattern = self._submission.runs_left_by(*self._job_and_restart, "*")
+            left = {run for path in pattern.parent.glob(pattern.name) for run in read_json(path).get("runs", [])}
             for child in self._children:
-                if str(child.folder) in left:
-                    self._stopping = True
+                if str(child.folder) in left and not child.left_alone:
+                    self._stopping = child.left_alone = True
                     child.process.kill()
         for child in self._children if self._is_first else ():
             child.end_if_bereaved(SECONDS_TO_NOTICE)
 
     def _tell_other_ranks(self) -> None:
         if self._place.ranks > 1 and self._unstarted:
-            path = self._submission.runs_left_by_a_rank(*self._job_and_restart)
+            path = self._submission.runs_left_by(*self._job_and_restart, self._place.rank)
             with suppress(OSError):
                 path.parent.mkdir(exist_ok=True)
                 write_json(path, {"runs": [str(folder) for folder in self._unstarted]})
