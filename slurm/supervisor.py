@@ -8,7 +8,7 @@ when a training process is not.
 what happens                    what this process does
 ==============================  =================================================================
 USR2 (time limit, preemption)   passes it on until every run has saved and left; asks for a requeue
-USR2, before a rank could train ends the other ranks' processes, which wait for it; asks for a requeue
+a rank leaves before it trains  ends this rank's process, which waits for it; asks for a requeue
 SIGTERM (requeue, scancel)      passes it on: the runs save and go on until Slurm kills them
 the time is up, no signal came  the runs leave by their deadline; asks for a requeue
 a run is killed                 starts it again here; of several ranks, asks for a requeue

@@ -252,6 +252,21 @@ def test_relatives_train_the_same_on_any_ranks_and_in_micro_batches(method, mach
             assert its_metrics[tag] == pytest.approx(metrics[tag], rel=1e-3), tag
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("first", "then"), [(1, 2), (2, 1)])
+def test_low_rank_goes_on_with_other_ranks(first, then, machine, tmp_path):
+    """Killed after its layers were cut; the checkpoint has the ranks of the matrices for any number of processes."""
+    recipe = {"batch_size": 100, "model": "vit_small", "optim": "sgd", "optim.lr": 0.01, "max_steps": 10, "epochs": 1}
+    recipe |= {"method": "oialr", "method.delay": 3, "method.stability_frequency": 2, "runtime.checkpoint_steps": 1}
+    assert machine.start(words(recipe), runs=tmp_path / "whole", ranks=1) == [0], machine.output()
+    codes = machine.start(words(recipe), runs=tmp_path / "parts", ranks=first, event=("optimizer", 7, "SIGKILL"))
+    assert codes[0] == -signal.SIGKILL
+    assert machine.start(words(recipe), runs=tmp_path / "parts", ranks=then) == [0] * then, machine.output()
+    whole, parts = (last_checkpoint(only_run(tmp_path / name))["model"] for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-5)
+
+
 def test_two_ranks_estimate_the_statistics_that_one_does(machine, tmp_path):
     """Points of a finished line, evaluated by one rank and by two that share its 11 batches."""
     arguments = words({"method": "line", "max_steps": 6, "epochs": 1, "batch_size": 140}) + ["method.points=3"]

@@ -118,6 +118,26 @@ def find_layer(model: nn.Module, name: str | None) -> tuple[str, nn.Module]:
     return name, named_layer(model, name)
 
 
+def require_state_dict(state_dict: dict[str, torch.Tensor], shapes: dict[str, torch.Size | None]) -> None:
+    """A state dict has exactly these names, of these shapes (None: of any).
+
+    Raises:
+        ValueError: it does not; the message names what is wrong.
+    """
+    for kind, keys in (("without", shapes.keys() - state_dict.keys()), ("with", state_dict.keys() - shapes.keys())):
+        if keys:
+            raise ValueError(
+                f"expected a state dict of the plain model, got one {kind} {', '.join(sorted(keys)[:5])}; "
+                "it must be of the same architecture."
+            )
+    for name, shape in shapes.items():
+        if shape is not None and shape != state_dict[name].shape:
+            raise ValueError(
+                f"expected {name} of shape {tuple(shape)}, got {tuple(state_dict[name].shape)}; "
+                "the state dict must be of the same architecture."
+            )
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever the model refers to ``old``.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tract.layers import WRAPPED, same_state
 from tract.oialr.bases import Factors, decomposed, is_transposed, tall
 from tract.owned import OwnedLayer
-from tract.surgery import replace_module
+from tract.surgery import replace_module, require_state_dict
 
 UNKNOWN = -2.0  # neither a Stability nor a distance; a number, since moving averages of buffers must stay finite
 _FEW_OUTPUTS = 10  # a weight whose one side is that much shorter has nothing to gain
@@ -328,19 +328,7 @@ def load_dense(model: nn.Module, state_dict: dict[str, Tensor]) -> None:
     Raises:
         ValueError: keys or shapes that do not fit.
     """
-    plain = dense(model).state_dict()
-    for kind, keys in (("without", plain.keys() - state_dict.keys()), ("with", state_dict.keys() - plain.keys())):
-        if keys:
-            raise ValueError(
-                f"expected a state dict of the plain model, got one {kind} {', '.join(sorted(keys)[:5])}; "
-                "it must be of the same architecture."
-            )
-    for name, value in plain.items():
-        if value.shape != state_dict[name].shape:
-            raise ValueError(
-                f"expected {name} of shape {tuple(value.shape)}, got {tuple(state_dict[name].shape)}; "
-                "the state dict must be of the same architecture."
-            )
+    require_state_dict(state_dict, {name: value.shape for name, value in dense(model).state_dict().items()})
     own = model.state_dict()
     for name, layer in low_rank_layers(model).items():
         prefix = f"{name}." if name else ""

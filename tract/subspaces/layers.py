@@ -21,7 +21,7 @@ from torch import Tensor
 from tract.layers import TrActConv1d, TrActConv2d, TrActConv3d, TrActLayer, TrActLinear, same_state
 from tract.owned import OwnedLayer, taken
 from tract.subspaces.paths import Path
-from tract.surgery import replace_module
+from tract.surgery import replace_module, require_state_dict
 
 
 @torch.library.custom_op("tract::held", mutates_args=())
@@ -385,19 +385,8 @@ def load_endpoint(model: nn.Module, index: int, state_dict: dict[str, Tensor]) -
             for parameter in layer.mixed:
                 targets[prefix + parameter] = layer.endpoint(parameter, index)
                 further |= {prefix + endpoint_name(parameter, other) for other in range(1, count)}
-    expected = model.state_dict().keys() - further
-    for kind, keys in (("without", expected - state_dict.keys()), ("with", state_dict.keys() - expected)):
-        if keys:
-            raise ValueError(
-                f"expected a state dict of the plain model, got one {kind} {', '.join(sorted(keys)[:5])}; "
-                "it must be of the same architecture."
-            )
-    for name, target in targets.items():
-        if target.shape != state_dict[name].shape:
-            raise ValueError(
-                f"expected {name} of shape {tuple(target.shape)}, got {tuple(state_dict[name].shape)}; "
-                "the state dict must be of the same architecture."
-            )
+    expected = dict.fromkeys(model.state_dict().keys() - further)
+    require_state_dict(state_dict, expected | {name: target.shape for name, target in targets.items()})
     for name, target in targets.items():
         target.copy_(state_dict[name])
 
