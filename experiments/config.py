@@ -45,6 +45,8 @@ GROUPS = ("stage", *COMPONENTS, "debug")
 _LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0, "corruption": None, "severity": None}}
 _LATER_ABOVE = {"eval_train": False, "eval_start": False, "train_images": None, "validation_images": 0}
 _LATER_ABOVE |= {"validation_from": "spread", "budget_seconds": None}
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile; true is the first
+GRAPH = "graph"  # the value of compile that makes a CUDA graph of a whole step
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
@@ -137,7 +139,7 @@ class Config:
     repeats: int = 1  # repeated augmentation: an epoch has so many copies of each of images / repeats images
     precision: Precision = Precision.fp32
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False  # torch.compile's mode, or "graph": a whole step as one CUDA graph
     ema_decay: float | None = None
     clip_grad_norm: float | None = None
     decay_matrices_only: bool = False  # no weight decay for 1-D tensors, position embeddings and class tokens
@@ -330,6 +332,8 @@ def from_tree(tree: DictConfig | dict) -> Config:
         where = f"bad value for {error.full_key}" if error.full_key else "configuration"
         raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
+    if config.compile == COMPILE_MODES[0]:
+        config.compile = True  # one run has one name
     for group, usual in _LATER.items():
         node = getattr(config, group)
         setattr(config, group, {key: value for key, value in node.items() if key not in usual or value != usual[key]})
@@ -483,6 +487,11 @@ def validate(config: Config) -> None:
         _require(config.label_smoothing == 0, "label_smoothing", "0 with loss=bce", config.label_smoothing)
     for key in ("mixup", "cutmix"):
         _require(getattr(config, key) >= 0, key, "0 or more", getattr(config, key))
+    modes = (*COMPILE_MODES, GRAPH)
+    _require(config.compile in (False, True, *modes), "compile", f"true, false, {', '.join(modes)}", config.compile)
+    if config.compile == GRAPH:
+        expected = "fp32 or bf16 with compile=graph, since fp16's loss scaling asks the GPU in every step"
+        _require(config.precision is not Precision.fp16, "precision", expected, str(config.precision))
     _require(config.repeats >= 1, "repeats", "at least 1", config.repeats)
     held = config.validation_images
     _require(held >= 0, "validation_images", "0 or more", held)
