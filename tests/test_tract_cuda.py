@@ -1,5 +1,7 @@
 """What can only be seen on a CUDA device: no waiting of the host, graph capture, background errors."""
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn as nn
@@ -21,13 +23,15 @@ def _step(layer, x, direction):
     (layer(x) * direction).sum().backward()
 
 
-@pytest.fixture
+@contextmanager
 def no_waiting():
-    """Any operation that makes the host wait for the device is an error."""
+    """Any operation that makes the host wait for the device is an error; bringing a layer there is such a one."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -40,12 +44,13 @@ def test_gradient_on_the_device_follows_the_formula(name):
 
 
 @pytest.mark.parametrize("name", A_FEW)
-def test_the_host_never_waits_for_the_device(name, no_waiting):
+def test_the_host_never_waits_for_the_device(name):
     layer, x, direction = _on_device(name)
-    for _ in range(3):
-        _step(layer, x, direction)
-    with accumulate(layer):
-        _step(layer, x, direction)
+    with no_waiting():
+        for _ in range(3):
+            _step(layer, x, direction)
+        with accumulate(layer):
+            _step(layer, x, direction)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
