@@ -87,7 +87,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
         self.network = Network(config, model, method, optimizer, ranks)
         self._window = torch.zeros(2 + len(self.task.measures), dtype=torch.float64, device=self.device)
-        self._bad_step = torch.tensor(-1, device=self.device)
+        self._bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # the first bad one and all since
         self._bar = tqdm(disable=True)
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
         self._speed_images = self._speed_steps = 0
@@ -151,6 +151,7 @@ class Trainer:
             disable=None if self.ranks.first and self.config.runtime.progress else True,
         )
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
+        _forget_peak(self.device)
         with self._bar:
             if self.ranks.highest(self.stop.wish()) >= Wish.STOP:
                 raise StoppedError("told to stop before the first step")
@@ -185,6 +186,7 @@ class Trainer:
         parts = self._parts([len(share.places) for share in shares])
         with self.method.accumulating(self.model) if parts > 1 else nullcontext():
             self._backward(batch, global_count, parts)
+        self._bad_steps += self._window[0] - self._window[0] != 0
         self._add_penalty()
         if config.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
@@ -227,9 +229,7 @@ class Trainer:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _note(self, total: Tensor, measures: Tensor, images: int) -> None:
-        self._window += torch.cat([total[None], measures, torch.full_like(total, images)[None]]).double()
-        is_first_bad = ~torch.isfinite(total) & (self._bad_step < 0)
-        self._bad_step = torch.where(is_first_bad, self.progress.step, self._bad_step)
+        self._window += torch.cat([total[None], measures, torch.full_like(total, images)[None]])
 
     def after_step(self, at_end: bool) -> None:
         """What follows each step: count it, log (always ``at_end`` of an epoch), save, heed requests to stop."""
@@ -278,12 +278,12 @@ class Trainer:
         return self._speed_images / max(1e-9, time.monotonic() - self._speed_clock)
 
     def _require_finite(self) -> None:
-        bad = self.ranks.highest(int(self._bad_step))
-        if bad >= 0:
+        bad_steps = self.ranks.highest(int(self._bad_steps))
+        if bad_steps:
             cures = ["lower optim.lr", "use precision=bf16 instead of fp16", *self.method.advice]
             raise TrainingFailedError(
-                f"train/loss is not finite in step {bad + 1}; the last checkpoint is from before. What may help: "
-                f"{', '.join(cures[:-1])} or {cures[-1]}."
+                f"train/loss is not finite in step {self.progress.step - bad_steps + 1}; the last checkpoint is from "
+                f"before. What may help: {', '.join(cures[:-1])} or {cures[-1]}."
             )
 
     def _require_finite_weights(self) -> None:
@@ -322,6 +322,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         speed = self.images_per_second() if self._speed_images else None
+        peak = _peak_mib(self.device)
         self._count_seconds()
         metrics, facts = {}, {}
         # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
@@ -343,7 +344,8 @@ class Trainer:
             metrics |= {f"{name}/{key}": value for key, value in self._mean_over_test(measure).items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds(training=False)
-        self._record(metrics, facts, speed)
+        self._record(metrics, facts | {tags.PEAK_MIB: peak}, speed)
+        _forget_peak(self.device)
 
     def _facts(self, result: Callable[[Any], Any]) -> dict[str, float]:
         """Sizes of what is trained, and of the network that is the result."""
@@ -414,7 +416,6 @@ class Trainer:
         progress = self.progress
         epoch = math.ceil(progress.step / self.batches.steps_per_epoch)
         times = {tags.EPOCH_SECONDS: progress.epoch_seconds, tags.TRAIN_SECONDS: progress.train_seconds}
-        times[tags.PEAK_MIB] = _peak_mib(self.device)
         if speed is not None:
             times[tags.IMAGES_PER_SECOND] = speed
         for tag, value in (metrics | times | facts).items():
@@ -452,7 +453,13 @@ def _keeping(predictor: Callable[[Any], Any], kept: list[Tensor]) -> Callable[[A
     return predict
 
 
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak_mib(device: torch.device) -> float:
+    """The most memory of the device's tensors since it was forgotten; on the CPU, of the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
