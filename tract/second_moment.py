@@ -13,15 +13,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of the float64 work buffer: 32 MiB on the CPU, 256 MiB elsewhere.
-_BUFFER_ELEMENTS = {"cpu": 2**22}
-_BUFFER_ELEMENTS_ACCELERATOR = 2**25
+from tract.autocorrelation import Axis, autocorrelated, seconds
+
+_BUFFER_ELEMENTS = 2**20  # of a block of rows: 4 MiB in float32
+_SUMMED_ROWS = 1024  # whose products are added up in the precision of the products
+_UNCUT, _TILE = 192, 128  # longer rows are multiplied in tiles, of which the lower ones are enough
 # Ranks exchange X^T X, which is n x n, up to this n (512 MiB of float64). For longer rows they ask each other whether
 # there are fewer than n, and exchange the rows themselves.
 SHARED_ROW_LENGTH = 8192
@@ -71,6 +73,12 @@ class Geometry:
         """Whether n x n numbers are too many to exchange without asking whether there are fewer rows."""
         return self.row_length > SHARED_ROW_LENGTH
 
+    def with_rows(self) -> Geometry:
+        """A convolution of one dimension as one of two, for inputs of height one."""
+        one = (1,)
+        sizes = {name: one + getattr(self, name) for name in ("kernel", "stride", "dilation")}
+        return replace(self, **sizes, padding=((0, 0), *self.padding))
+
     def output_size(self, spatial: tuple[int, ...]) -> tuple[int, ...]:
         """Output positions along each spatial dimension, as torch's convolutions count them."""
         sizes = zip(spatial, self.kernel, self.stride, self.dilation, self.padding, strict=True)
@@ -103,34 +111,88 @@ class Geometry:
         return batch * math.prod(self.output_size(tuple(x.shape[-spatial:])))
 
 
-def second_moment(x: Tensor, geometry: Geometry) -> Tensor:
+def second_moment(x: Tensor, geometry: Geometry, dtype: torch.dtype = torch.float64) -> Tensor:
     """Sum over all rows of the outer product of a row with itself.
 
-    S[g] = sum_b X[g, b, :]^T X[g, b, :]  =  X^T X, in float64.
+    S[g] = sum_b X[g, b, :]^T X[g, b, :]  =  X^T X.
 
-    Equation: the matrix x x^T of the TrAct closed form (arXiv 2410.23970, section 3),
-    before the division by b. Products of float32 numbers are exact in float64, so S is
-    positive semi-definite up to float64 rounding even for raw pixel values.
+    Equation: the matrix x x^T of the TrAct closed form (arXiv 2410.23970, section 3), before the
+    division by b. Which way it goes is a matter of speed alone: kernels that overlap by far go
+    through :mod:`tract.autocorrelation`, all else through blocks of rows.
 
     Args:
         x: the layer's input, any floating dtype and memory format.
         geometry: how the layer cuts rows out of it.
+        dtype: of the products. In float64 they are exact for float32 inputs, and S is positive semi-definite up
+            to float64 rounding even for raw pixel values; in float32 sums of about a thousand rows
+            are rounded, S is within 1e-6 of its norm, and it takes half the time or less.
 
     Returns:
         float64 tensor of shape (g, n, n).
     """
+    x = geometry.batched(x.detach())
+    dtype = torch.float64 if x.dtype == torch.float64 else dtype
+    axes = _overlapping_axes(x, geometry)
+    return _from_rows(x, geometry, dtype) if axes is None else _from_lags(x, geometry, axes, dtype)
+
+
+def _overlapping_axes(x: Tensor, geometry: Geometry) -> tuple[Axis, Axis] | None:
+    """The axes of a convolution of one or two dimensions for which its lags are faster than its rows."""
+    dimensions = len(geometry.kernel)
+    if dimensions not in (1, 2) or geometry.ones:
+        return None
+    out = geometry.output_size(tuple(x.shape[2:]))
+    if 0 in (*out, len(x)):
+        return None
+    sizes = zip(geometry.kernel, geometry.stride, geometry.dilation, geometry.padding, out, strict=True)
+    zeros = geometry.padding_mode == "zeros"
+    axes = [Axis(kernel, stride, dilation, pad[0] * zeros, count) for kernel, stride, dilation, pad, count in sizes]
+    rows, columns = axes if dimensions == 2 else (Axis(1, 1, 1, 0, 1), axes[0])
+    n = geometry.row_length
+    by_rows = geometry.groups * geometry.count_rows(x) * n * (1.5e-10 + 6.5e-12 * (n + 48))
+    return (rows, columns) if seconds(len(x), x.shape[1], geometry.groups, rows, columns) < by_rows else None
+
+
+def _from_lags(x: Tensor, geometry: Geometry, axes: tuple[Axis, Axis], dtype: torch.dtype) -> Tensor:
+    if len(geometry.kernel) == 1:
+        x, geometry = x.unsqueeze(-2), geometry.with_rows()
+    if geometry.padding_mode == "zeros":
+        return autocorrelated(x, *axes, geometry.groups, dtype)
+    at_once = max(4, _BUFFER_ELEMENTS // x[0].numel())
+    return sum(autocorrelated(_pad(some, geometry), *axes, geometry.groups, dtype) for some in x.split(at_once))
+
+
+def _from_rows(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     n = geometry.row_length
     total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
-    for block in _row_blocks(x, geometry):
-        total.baddbmm_(block, block.mT)
+    size = n if n <= _UNCUT else _TILE
+    for rows in _row_blocks(x, geometry, dtype):
+        _add_products(total, rows, size)
+    for low in range(size, n, size):
+        total[:, :low, low : low + size] = total[:, low : low + size, :low].mT
     return total
+
+
+def _add_products(total: Tensor, rows: Tensor, size: int) -> None:
+    """Add the lower tiles of rows^T rows, for rows (g, b, n): sums of at most a thousand rows, added up in float64."""
+    count, n = rows.shape[1:]
+    whole = count // _SUMMED_ROWS * _SUMMED_ROWS
+    if n <= size and len(rows) == 1 and whole:
+        sums = rows[0, :whole].unflatten(0, (-1, _SUMMED_ROWS))
+        total += (sums.mT @ sums).sum(0, dtype=total.dtype)
+        rows = rows[:, whole:]
+    for some in rows.split(_SUMMED_ROWS, dim=1):
+        for low in range(0, n, size):
+            high = min(low + size, n)
+            total[:, low:high, :high] += some[:, :, low:high].mT @ some[:, :, :high]
 
 
 def unfold(x: Tensor, geometry: Geometry) -> Tensor:
     """All rows at once, float64, shape (g, n, b): only for inputs with few rows."""
     x = geometry.batched(x.detach())
     out = geometry.output_size(tuple(x.shape[2:]))
-    return _as_rows(_windows(_pad(x.to(torch.float64), geometry), geometry, out), geometry)
+    windows = _windows(_pad(x.to(torch.float64), geometry), geometry, out)
+    return _with_ones(windows.reshape(geometry.groups, geometry.row_length - geometry.ones, -1).mT, geometry).mT
 
 
 def output_columns(z: Tensor, geometry: Geometry) -> Tensor:
@@ -141,29 +203,35 @@ def output_columns(z: Tensor, geometry: Geometry) -> Tensor:
     return z.movedim(0, 2).reshape(geometry.groups, z.shape[1] // geometry.groups, -1)
 
 
-def _row_blocks(x: Tensor, geometry: Geometry) -> Iterator[Tensor]:
-    """The rows of x in blocks of shape (g, n, rows in the block), float64."""
-    x = geometry.batched(x.detach())
+def _row_blocks(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The rows of x in blocks of shape (g, rows in the block, n); a block is gone when the next one comes."""
     n, groups = geometry.row_length, geometry.groups
     out = geometry.output_size(tuple(x.shape[2:]))
-    limit = _BUFFER_ELEMENTS.get(x.device.type, _BUFFER_ELEMENTS_ACCELERATOR)
-    rows_at_once = max(1, limit // (n * groups))
+    rows_at_once = max(1, _BUFFER_ELEMENTS // (n * groups))
     samples = max(1, rows_at_once // max(1, math.prod(out)))
+    if not out:
+        yield from (_with_ones(some.to(dtype)[None], geometry) for some in x.split(samples))
+        return
     # One large sample is cut along its first spatial dimension.
-    slab = out[0] if out else 1
-    if samples == 1 and out:
-        slab = max(1, min(slab, rows_at_once // max(1, math.prod(out[1:]))))
-    for chunk in x.split(samples):
-        windows = _windows(_pad(chunk.to(torch.float64), geometry), geometry, out)
-        for part in windows.split(slab, dim=1 + len(out)) if out else (windows,):
-            yield _as_rows(part, geometry)
+    slab = max(1, min(out[0], rows_at_once // max(1, math.prod(out[1:])))) if samples == 1 else out[0]
+    # The innermost loop of the copy should read memory in order: along positions, or along the kernel.
+    along_kernel = geometry.stride[-1] > 1
+    buffer = x.new_empty(0, dtype=dtype)
+    for some in x.split(samples):
+        for windows in _windows(_pad(some, geometry), geometry, out).split(slab, dim=1 + len(out)):
+            rows = windows.unflatten(0, (groups, -1))
+            elements = 2 + len(out)  # dimensions before the positions
+            if along_kernel:
+                rows = rows.permute(0, *range(elements, rows.dim()), *range(1, elements))
+            if buffer.numel() < rows.numel():
+                buffer = buffer.new_empty(rows.numel())
+            copied = buffer[: rows.numel()].view(rows.shape).copy_(rows)
+            shape = (groups, -1, n - geometry.ones)
+            yield _with_ones(copied.view(shape) if along_kernel else copied.view(groups, shape[2], -1).mT, geometry)
 
 
-def _as_rows(windows: Tensor, geometry: Geometry) -> Tensor:
-    """Windows as (g, n, b)."""
-    groups, n = geometry.groups, geometry.row_length
-    rows = windows.reshape(groups, n - geometry.ones, -1)
-    return torch.cat([rows, rows.new_ones((groups, 1, rows.shape[-1]))], dim=1) if geometry.ones else rows
+def _with_ones(rows: Tensor, geometry: Geometry) -> Tensor:
+    return torch.cat([rows, rows.new_ones((*rows.shape[:2], 1))], dim=2) if geometry.ones else rows
 
 
 def _pad(x: Tensor, geometry: Geometry) -> Tensor:
