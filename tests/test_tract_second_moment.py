@@ -16,7 +16,7 @@ def _total(layer, x):
 @pytest.fixture
 def limit(monkeypatch):
     """Set the size of the work buffer, in elements."""
-    return lambda elements: monkeypatch.setitem(code._BUFFER_ELEMENTS, "cpu", elements)
+    return lambda elements: monkeypatch.setattr(code, "_BUFFER_ELEMENTS", elements)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -67,8 +67,8 @@ def test_blocks_hold_every_row_once_and_respect_the_buffer(name, elements, limit
     layer, x, _ = make(name)
     limit(elements)
     geometry = TrAct(layer)._geometry()
-    blocks = list(code._row_blocks(x, geometry))
-    assert sum(block.shape[-1] for block in blocks) == _rows(layer, x)
+    blocks = [block.clone() for block in code._row_blocks(x, geometry, x.dtype)]
+    assert sum(block.shape[1] for block in blocks) == _rows(layer, x)
     line = torch.Size(geometry.output_size(tuple(x.shape[2:]))[1:]).numel() if geometry.kernel else 1
     smallest = line * geometry.groups * geometry.row_length
     assert all(block.numel() <= max(elements, smallest) for block in blocks)

@@ -12,6 +12,9 @@ from torch import Tensor
 # beside the second moment; it is raised to it, so that the factorisation always exists.
 _ROUNDINGS_OF_TRACE = 8 * torch.finfo(torch.float64).eps
 
+_INVERTED = 64  # up to this n one product with the inverse is the fastest on a CPU
+_ROWS = 256
+
 
 def effective_damping(damping: float, trace: Tensor) -> Tensor:
     """The damping that is added: ``damping`` itself unless it drowns in rounding.
@@ -50,11 +53,32 @@ def damped_solve(gradient: Tensor, moment: Tensor, damping: float) -> tuple[Tens
         tensor([[[0.2500, 0.0000],
                  [0.0000, 0.2500]]], dtype=torch.float64)
     """
-    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
-    identity = torch.eye(moment.shape[-1], dtype=moment.dtype, device=moment.device)
-    damped = moment + effective_damping(damping, trace)[:, None, None] * identity
-    factor, info = torch.linalg.cholesky_ex(damped)
-    return _right_solve(gradient.to(moment.dtype), factor), (info == 0).all()
+    factor, succeeded = damped_factor(moment.clone(), damping)
+    return solve_by(gradient, factor), succeeded
+
+
+def damped_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The lower Cholesky factor L of A + lambda' I = L L^T, for a positive semi-definite A; see :func:`damped_solve`.
+
+    Args:
+        moment: A, shape (g, n, n), float64; lambda' is added in place.
+        damping: lambda > 0.
+
+    Returns:
+        L, shape (g, n, n), and a boolean tensor (no host synchronisation) that tells whether there is one.
+    """
+    diagonal = moment.diagonal(dim1=-2, dim2=-1)
+    diagonal += effective_damping(damping, diagonal.sum(-1))[:, None]
+    factor, info = torch.linalg.cholesky_ex(moment)
+    return factor, (info == 0).all()
+
+
+def solve_by(gradient: Tensor, factor: Tensor) -> Tensor:
+    """G (L L^T)^-1, shape (g, m, n), float64, for G of any dtype, in blocks of its rows: their copies stay small."""
+    if gradient.device.type == "cpu" and factor.shape[-1] <= _INVERTED:
+        return gradient.to(factor.dtype) @ torch.cholesky_inverse(factor)
+    solve = _right_solve if gradient.is_cuda else _right_solve_at_once
+    return torch.cat([solve(some.to(factor.dtype), factor) for some in gradient.split(_ROWS, dim=1)], dim=1)
 
 
 def damped_solve_dual(output_gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:
@@ -113,3 +137,7 @@ def _right_solve(left: Tensor, factor: Tensor) -> Tensor:
     """left (L L^T)^-1 for a lower Cholesky factor L."""
     half = torch.linalg.solve_triangular(factor.mT, left, upper=True, left=False)
     return torch.linalg.solve_triangular(factor, half, upper=False, left=False)
+
+
+def _right_solve_at_once(left: Tensor, factor: Tensor) -> Tensor:
+    return torch.cholesky_solve(left.mT, factor).mT

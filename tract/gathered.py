@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from tract.distributed import all_rows_if_few, mean_over_ranks, world_size
-from tract.ops import GradientApart, damped_solve_op, damped_solve_rows_op, mean_moment_op, second_moment_op
+from tract.ops import GradientApart, damped_solve_rows_op, factor_op, second_moment_op, solve_op
 from tract.owned import OwnedLayer
 from tract.second_moment import Geometry, unfold
 
@@ -72,10 +72,11 @@ class Gathered:
         weights: the layer's parameters by name, whole or sharded, of one shape.
         geometry: how the layer cuts rows out of its inputs.
         everywhere: whether the rows of all ranks count.
+        damping: lambda > 0.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], geometry: Geometry, everywhere: bool):
-        self._weights, self._geometry, self._everywhere = dict(weights), geometry, everywhere
+    def __init__(self, weights: Mapping[str, Tensor], geometry: Geometry, everywhere: bool, damping: float):
+        self._weights, self._geometry, self._everywhere, self._damping = dict(weights), geometry, everywhere, damping
         self._apart = {name: _leaf_like(weight) for name, weight in weights.items()}
         self._keep_inputs = not everywhere or geometry.is_long
         self._forget()
@@ -108,7 +109,7 @@ class Gathered:
         return all(weight is self._weights[name] and weight.grad is None for name, weight in weights.items())
 
     def _add(self, x: Tensor, rows: int) -> None:
-        moment = second_moment_op(x.detach(), self._geometry.numbers())
+        moment = second_moment_op(x.detach(), self._geometry.numbers(), self._damping)
         if self._total is None:
             self._total, self._rows = moment, moment.new_zeros(1)
         else:
@@ -124,8 +125,8 @@ class Gathered:
             self._rows = self._total.new_zeros(1)
 
     @torch.no_grad()
-    def gradients(self, damping: float, layer: str) -> dict[str, Tensor]:
-        """G (X^T X / b + damping I)^-1 of each weight; nothing without a backward pass on this only rank.
+    def gradients(self, layer: str) -> dict[str, Tensor]:
+        """G (X^T X / b + lambda I)^-1 of each weight; nothing without a backward pass on this only rank.
 
         On several ranks the mean of their products, as DistributedDataParallel gives it.
 
@@ -139,11 +140,11 @@ class Gathered:
         plain = torch.stack([gradient.reshape(groups, -1, n) for gradient in plain], dim=1)  # solved at once
         rows = self._all_rows()
         if rows is not None:
-            product = damped_solve_rows_op(plain, rows, damping, layer)
+            product = damped_solve_rows_op(plain, rows, self._damping, layer)
         else:
             self._sum_up()
-            moment = mean_moment_op(self._total, self._rows, self._everywhere, layer)
-            product = damped_solve_op(plain, moment, damping, layer)
+            factor = factor_op(self._total, self._rows, self._everywhere, self._damping, layer)
+            product = solve_op(plain, factor)
         if world_size() > 1:
             product = mean_over_ranks(product)
         parts = zip(self._apart.items(), product.unbind(1), strict=True)

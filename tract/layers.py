@@ -34,7 +34,7 @@ from tract.ops import (
     PreconditionByRows,
     PreconditionDual,
     PreconditionWeight,
-    mean_moment_op,
+    factor_op,
     second_moment_op,
 )
 from tract.owned import OwnedLayer, taken
@@ -126,9 +126,9 @@ class TrActLayer(Gathering):
             few = all_rows_if_few(own, geometry.groups, n, x.device)
             if few is not None:
                 return PreconditionByRows.apply(weight, few, self.lambda_, self.label)
-        total = second_moment_op(x.detach(), geometry.numbers())
-        moment = mean_moment_op(total, total.new_full((1,), rows), self._everywhere, self.label)
-        return PreconditionWeight.apply(weight, moment, self.lambda_, self.label)
+        total = second_moment_op(x.detach(), geometry.numbers(), self.lambda_)
+        factor = factor_op(total, total.new_full((1,), rows), self._everywhere, self.lambda_, self.label)
+        return PreconditionWeight.apply(weight, factor)
 
     def begin_accumulation(self) -> None:
         """Gather gradient and statistics instead of applying them."""
@@ -139,11 +139,11 @@ class TrActLayer(Gathering):
                 f"TrAct layer {self.label}: expected a weight that is a parameter, got one that is computed from "
                 "others; remove the parametrization, or do without tract.accumulate."
             )
-        self._gathered = Gathered(weights, self._geometry(), self._everywhere)
+        self._gathered = Gathered(weights, self._geometry(), self._everywhere, self.lambda_)
 
     def gathered_gradients(self, gathered: Gathered) -> dict[str, Tensor]:
         """The TrAct gradient of all micro-batches."""
-        weights, products = self.weights(), gathered.gradients(self.lambda_, self.label)
+        weights, products = self.weights(), gathered.gradients(self.label)
         return {name: sharded_like(weights[name], p) for name, p in products.items() if weights[name].requires_grad}
 
     def plain(self) -> nn.Module:

@@ -6,15 +6,13 @@ loop over buffers and talk to other ranks, and can state that they have no deriv
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from tract.damped_solve import damped_solve, damped_solve_dual, damped_solve_rows
+from tract.damped_solve import damped_factor, damped_solve_dual, damped_solve_rows, solve_by
 from tract.distributed import global_mean
 from tract.finite import require
-from tract.second_moment import Geometry, output_columns, second_moment, unfold
+from tract.second_moment import Geometry, output_columns, second_moment_for, unfold
 
 _SECOND_DERIVATIVE = (
     "TrAct has no second derivative: its weight gradient is an update direction, not the "
@@ -23,47 +21,51 @@ _SECOND_DERIVATIVE = (
 
 
 @torch.library.custom_op("tract::second_moment", mutates_args=())
-def second_moment_op(x: Tensor, geometry: list[int]) -> Tensor:
+def second_moment_op(x: Tensor, geometry: list[int], damping: float) -> Tensor:
     """X^T X of one input, shape (g, n, n), float64; ``geometry`` as :meth:`Geometry.numbers`."""
-    return second_moment(x, Geometry.of(geometry))
+    return second_moment_for(x, Geometry.of(geometry), damping)
 
 
 @second_moment_op.register_fake
-def _(x, geometry):
+def _(x, geometry, damping):
     rows = Geometry.of(geometry)
     return x.new_empty((rows.groups, rows.row_length, rows.row_length), dtype=torch.float64)
 
 
-@torch.library.custom_op("tract::mean_moment", mutates_args=())
-def mean_moment_op(total: Tensor, rows: Tensor, everywhere: bool, layer: str) -> Tensor:
-    """A = X^T X / b over this rank or over all, shape (g, n, n), float64; finite or an error."""
+@torch.library.custom_op("tract::factor", mutates_args=())
+def factor_op(total: Tensor, rows: Tensor, everywhere: bool, damping: float, layer: str) -> Tensor:
+    """The lower Cholesky factor of A + lambda I, A = X^T X / b over this rank or over all; finite or an error."""
     mean = global_mean(total, rows, everywhere)
-    require(torch.isfinite(mean.sum()), _non_finite(layer))
-    return mean
+    require(torch.isfinite(mean.diagonal(dim1=-2, dim2=-1).sum()), _non_finite(layer))
+    factor, succeeded = damped_factor(mean, damping)
+    require(succeeded, _not_factorised(layer, damping))
+    return factor.contiguous()
 
 
-@mean_moment_op.register_fake
-def _(total, rows, everywhere, layer):
+@factor_op.register_fake
+def _(total, rows, everywhere, damping, layer):
     return torch.empty_like(total)
 
 
-@torch.library.custom_op("tract::damped_solve", mutates_args=())
-def damped_solve_op(gradient: Tensor, moment: Tensor, damping: float, layer: str) -> Tensor:
-    """G (A + lambda I)^-1 in the shape and dtype of G, a weight's gradient."""
-    return _solved(damped_solve, gradient, moment, damping, layer)
+@torch.library.custom_op("tract::solve", mutates_args=())
+def solve_op(gradient: Tensor, factor: Tensor) -> Tensor:
+    """G (A + lambda I)^-1 in the shape and dtype of G, a weight's gradient, by the Cholesky factor (g, n, n)."""
+    return _in_shape(gradient, solve_by(_as_matrices(gradient, factor), factor))
 
 
-def _solved(solve: Callable, gradient: Tensor, by: Tensor, damping: float, layer: str) -> Tensor:
-    """What a solver that takes (g, m, n) makes of a gradient in its weight's shape; ``by`` is (g, n, ...)."""
-    groups, n = by.shape[:2]
-    product, succeeded = solve(gradient.reshape(groups, -1, n), by, damping)
-    require(succeeded, _not_factorised(layer, damping))
-    return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
-
-
-@damped_solve_op.register_fake
-def _(gradient, moment, damping, layer):
+@solve_op.register_fake
+def _(gradient, factor):
     return gradient.new_empty(gradient.shape)
+
+
+def _as_matrices(gradient: Tensor, by: Tensor) -> Tensor:
+    """A gradient in its weight's shape as (g, m, n), for ``by`` of (g, n, ...)."""
+    groups, n = by.shape[:2]
+    return gradient.reshape(groups, -1, n)
+
+
+def _in_shape(gradient: Tensor, product: Tensor) -> Tensor:
+    return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
 
 
 @torch.library.custom_op("tract::damped_solve_dual", mutates_args=())
@@ -88,7 +90,9 @@ def _(output_gradient, x, geometry, damping, layer):
 def damped_solve_rows_op(gradient: Tensor, rows: Tensor, damping: float, layer: str) -> Tensor:
     """G (X^T X / b + lambda I)^-1 in the shape and dtype of G, from rows (g, n, b), float64."""
     require(torch.isfinite(rows.sum()), _non_finite(layer))
-    return _solved(damped_solve_rows, gradient, rows, damping, layer)
+    product, succeeded = damped_solve_rows(_as_matrices(gradient, rows), rows, damping)
+    require(succeeded, _not_factorised(layer, damping))
+    return _in_shape(gradient, product)
 
 
 @damped_solve_rows_op.register_fake
@@ -114,26 +118,34 @@ class PreconditionWeight(torch.autograd.Function):
     """Identity on the weight going forward; G |-> G (A + lambda I)^-1 going back."""
 
     @staticmethod
-    def forward(weight: Tensor, moment: Tensor, damping: float, layer: str) -> Tensor:
+    def forward(weight: Tensor, factor: Tensor) -> Tensor:
         """The weight itself (a view)."""
         return weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """Keep the second moment or the rows."""
-        _, moment, ctx.damping, ctx.layer = inputs
-        ctx.save_for_backward(moment)
+        """Keep the Cholesky factor of A + lambda I."""
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         """The preconditioned weight gradient."""
-        (moment,) = ctx.saved_tensors
-        product = damped_solve_op(gradient.detach(), moment, ctx.damping, ctx.layer)
-        return first_derivative(product), None, None, None
+        return first_derivative(solve_op(gradient.detach(), *ctx.saved_tensors)), None
 
 
-class PreconditionByRows(PreconditionWeight):
-    """The same with the rows (g, n, b) of all ranks in place of their second moment, for b < n."""
+class PreconditionByRows(torch.autograd.Function):
+    """The same from the rows (g, n, b) of all ranks, for b < n."""
+
+    @staticmethod
+    def forward(weight: Tensor, rows: Tensor, damping: float, layer: str) -> Tensor:
+        """The weight itself (a view)."""
+        return weight.view_as(weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        """Keep the rows."""
+        _, rows, ctx.damping, ctx.layer = inputs
+        ctx.save_for_backward(rows)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

@@ -24,6 +24,7 @@ from tract.autocorrelation import Axis, autocorrelated, seconds
 _BUFFER_ELEMENTS = 2**20  # of a block of rows: 4 MiB in float32
 _SUMMED_ROWS = 1024  # whose products are added up in the precision of the products
 _UNCUT, _TILE = 192, 128  # longer rows are multiplied in tiles, of which the lower ones are enough
+_LARGEST_TRACE = 2**17  # of X^T X / b, in multiples of lambda, for which float32 products are exact enough
 # Ranks exchange X^T X, which is n x n, up to this n (512 MiB of float64). For longer rows they ask each other whether
 # there are fewer than n, and exchange the rows themselves.
 SHARED_ROW_LENGTH = 8192
@@ -130,10 +131,30 @@ def second_moment(x: Tensor, geometry: Geometry, dtype: torch.dtype = torch.floa
     Returns:
         float64 tensor of shape (g, n, n).
     """
-    x = geometry.batched(x.detach())
+    x = geometry.batched(x.detach()) if geometry.kernel else torch.atleast_2d(x.detach())
     dtype = torch.float64 if x.dtype == torch.float64 else dtype
     axes = _overlapping_axes(x, geometry)
-    return _from_rows(x, geometry, dtype) if axes is None else _from_lags(x, geometry, axes, dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return _from_rows(x, geometry, dtype) if axes is None else _from_lags(x, geometry, axes, dtype)
+
+
+def second_moment_for(x: Tensor, geometry: Geometry, damping: float) -> Tensor:
+    """X^T X as exact as (X^T X / b + damping I)^-1 needs it, otherwise as :func:`second_moment`.
+
+    Float32 products do, but on a CPU they are made in float64 where
+
+    - there are few rows, b < 4 n: the smallest eigenvalues are then nearly zero, and it takes no time;
+    - the trace of X^T X / b is too large beside damping, so that roundings of it would show: raw pixel
+      values, a tiny damping, squares beyond float32 (whose trace is infinite or no number).
+    """
+    rows = geometry.count_rows(x)
+    if x.device.type != "cpu":
+        return second_moment(x, geometry, torch.float32)
+    if rows >= 4 * geometry.row_length and x.dtype != torch.float64:
+        total = second_moment(x, geometry, torch.float32)
+        if total.diagonal(dim1=-2, dim2=-1).sum(-1).max() <= _LARGEST_TRACE * damping * rows:
+            return total
+    return second_moment(x, geometry)
 
 
 def _overlapping_axes(x: Tensor, geometry: Geometry) -> tuple[Axis, Axis] | None:
@@ -206,12 +227,14 @@ def output_columns(z: Tensor, geometry: Geometry) -> Tensor:
 def _row_blocks(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Iterator[Tensor]:
     """The rows of x in blocks of shape (g, rows in the block, n); a block is gone when the next one comes."""
     n, groups = geometry.row_length, geometry.groups
-    out = geometry.output_size(tuple(x.shape[2:]))
     rows_at_once = max(1, _BUFFER_ELEMENTS // (n * groups))
-    samples = max(1, rows_at_once // max(1, math.prod(out)))
-    if not out:
-        yield from (_with_ones(some.to(dtype)[None], geometry) for some in x.split(samples))
+    if not geometry.kernel:
+        samples = max(1, rows_at_once // max(1, math.prod(x.shape[1:-1])))
+        for some in x.split(samples):
+            yield _with_ones(some.reshape(1, -1, geometry.channels).to(dtype), geometry)
         return
+    out = geometry.output_size(tuple(x.shape[2:]))
+    samples = max(1, rows_at_once // max(1, math.prod(out)))
     # One large sample is cut along its first spatial dimension.
     slab = max(1, min(out[0], rows_at_once // max(1, math.prod(out[1:])))) if samples == 1 else out[0]
     # The innermost loop of the copy should read memory in order: along positions, or along the kernel.
