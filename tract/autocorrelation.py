@@ -16,15 +16,17 @@ c s1 s2 features. Kernel position (i, j) is the feature (i mod s1, j mod s2) at 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-_SPECTRA = 5 * 2**18  # numbers in a sum of cross spectra (10 MiB); more are cut into slabs of output positions
-_WORK = 3 * 2**18  # numbers of the images that are transformed together (3 MiB), and in each copy of their spectra
-_FEWEST = 4  # images; of fewer, batched products are several times slower
+_SPECTRA = 6 * 2**20  # bytes of the sums of cross spectra; more are cut into slabs of output positions
+_WORK = 2 * 2**20  # bytes of the images that are transformed together, of their transforms, and of these in order
+_STRIPS = 4 * 2**20  # bytes of their borders
+_FEWEST = 4  # images; of fewer, complex batched products are several times slower
 _IMAGES = 128  # whose spectra are added up in the precision of the products
 
 
@@ -84,7 +86,7 @@ def features(channels: int, groups: int, rows: Axis, columns: Axis) -> int:
 def seconds(images: int, channels: int, groups: int, rows: Axis, columns: Axis) -> float:
     """Roughly what this way takes on two cores; see :func:`tract.second_moment.second_moment`."""
     size, phi = rows.period * columns.period, features(channels, groups, rows, columns)
-    return 1e-3 + images * groups * size * phi * (3e-9 + 1e-10 * phi)
+    return 1.5e-3 + images * groups * size * phi * (4e-9 + 1.2e-10 * phi)
 
 
 def autocorrelated(x: Tensor, rows: Axis, columns: Axis, groups: int, dtype: torch.dtype) -> Tensor:
@@ -92,7 +94,8 @@ def autocorrelated(x: Tensor, rows: Axis, columns: Axis, groups: int, dtype: tor
 
     Args:
         x: shape (batch, channels, height, width).
-        rows, columns: the two axes.
+        rows: the axis of the height.
+        columns: the axis of the width.
         groups: of channels.
         dtype: of the products, float32 or float64.
 
@@ -100,25 +103,28 @@ def autocorrelated(x: Tensor, rows: Axis, columns: Axis, groups: int, dtype: tor
         float64 tensor of shape (g, n, n); from float32 products within about 1e-7 of the norm.
     """
     phi = features(x.shape[1], groups, rows, columns)
-    spectra = groups * phi**2 * rows.period * (columns.period // 2 + 1)
+    spectra = 2 * dtype.itemsize * groups * phi**2 * rows.period * (columns.period // 2 + 1)
+    edges = 2 * dtype.itemsize * groups * phi * (rows.reach * columns.length + columns.reach * rows.length)
+    at_once = max(_FEWEST, min(_IMAGES, _STRIPS // edges))
     total = 0
     for slab in rows.slabs(-(-spectra // _SPECTRA)):
-        for images in x.split(_IMAGES):
+        for images in x.split(at_once):
             total = total + _pairs(images, slab, columns, groups, dtype)
     # (a1, a1', a2, a2', g, phi, phi') as (g, (a1, a2, phi), (a1', a2', phi')), of which S is a part
     size = rows.reach * columns.reach * phi
     total = total.permute(4, 0, 2, 5, 1, 3, 6).reshape(groups, size, size)
-    kept = _kernel_positions(x.shape[1] // groups, rows, columns, x.device)
+    kept = _kernel_positions(x.shape[1] // groups, rows, columns)
     return total[:, kept[:, None], kept]
 
 
-def _kernel_positions(channels: int, rows: Axis, columns: Axis, device: torch.device) -> Tensor:
+@functools.lru_cache(32)
+def _kernel_positions(channels: int, rows: Axis, columns: Axis) -> Tensor:
     """The place of each kernel element (c, i, j) among (a1, a2, (c, r1, r2))."""
-    i, j = (torch.arange(axis.kernel, device=device) * axis.dilation for axis in (rows, columns))
+    i, j = (torch.arange(axis.kernel) * axis.dilation for axis in (rows, columns))
     a = (i // rows.stride)[:, None] * columns.reach + j // columns.stride
     r = (i % rows.stride)[:, None] * columns.stride + j % columns.stride
     pixels = rows.stride * columns.stride
-    c = torch.arange(channels, device=device)[:, None, None]
+    c = torch.arange(channels)[:, None, None]
     return ((a * channels + c) * pixels + r).flatten()
 
 
@@ -128,27 +134,32 @@ def _pairs(x: Tensor, rows: Axis, columns: Axis, groups: int, dtype: torch.dtype
     Float64, shape (a1, a1', a2, a2', g, phi, phi').
     """
     phi, size = features(x.shape[1], groups, rows, columns), (rows.period, columns.period)
-    at_once = max(_FEWEST, _WORK // (groups * phi * size[0] * size[1]))
-    some = min(at_once, len(x))
-    u = x.new_zeros((some, groups, phi, *size), dtype=dtype)
-    transformed = u.new_empty((some, groups, phi, size[0], size[1] // 2 + 1), dtype=dtype.to_complex())
-    sorted_ = transformed.new_empty((size[0] * (size[1] // 2 + 1), groups, some, phi))
-    spectra = transformed.new_zeros((len(sorted_) * groups, phi, phi))
+    half = columns.period // 2 + 1
+    at_once = min(len(x), max(_FEWEST, _WORK // (dtype.itemsize * groups * phi * size[0] * size[1])))
+    u = x.new_zeros((at_once, groups, phi, *size), dtype=dtype)
+    transformed = u.new_empty((at_once, groups, phi, size[0], half), dtype=dtype.to_complex())
+    in_order = transformed.new_empty((size[0] * half, groups, at_once, phi))
+    spectra = transformed.new_zeros((size[0] * half * groups, phi, phi))
     strips = _Strips(u, len(x), rows, columns, groups, phi)
     for first in range(0, len(x), at_once):
         images = x[first : first + at_once]
-        if len(images) < some:
-            u, transformed, sorted_ = u[: len(images)], transformed[: len(images)], sorted_[:, :, : len(images)]
+        u, transformed, in_order = u[: len(images)], transformed[: len(images)], in_order[:, :, : len(images)]
         _gather(images, rows, columns, u)
         strips.take(first, u)
         torch.fft.rfft2(u, out=transformed)
-        sorted_.copy_(transformed.flatten(3).permute(3, 1, 0, 2))
-        by_frequency = sorted_.flatten(0, 1)
+        in_order.copy_(transformed.flatten(3).permute(3, 1, 0, 2))
+        by_frequency = in_order.flatten(0, 1)
         spectra.baddbmm_(by_frequency.mH, by_frequency)
-    everywhere = _at_distances(spectra.view(size[0], -1, groups * phi * phi), rows, columns)
-    everywhere = everywhere.unflatten(-1, (groups, phi, phi))
-    a, b = (torch.arange(axis.reach, device=x.device) for axis in (rows, columns))
-    return everywhere[(a - a[:, None])[:, :, None, None], b - b[:, None]] - strips.outside()
+    del u, transformed, in_order, by_frequency  # their memory is needed
+    everywhere = _at_distances(spectra.view(size[0], half, -1), rows, columns).unflatten(-1, (groups, phi, phi))
+    return everywhere[_distances(rows)[:, :, None, None], _distances(columns)] - strips.outside()
+
+
+@functools.lru_cache(32)
+def _distances(axis: Axis) -> Tensor:
+    """a' - a of each (a, a')."""
+    a = torch.arange(axis.reach)
+    return a - a[:, None]
 
 
 def _gather(x: Tensor, rows: Axis, columns: Axis, u: Tensor) -> None:
@@ -167,23 +178,18 @@ def _at_distances(spectra: Tensor, rows: Axis, columns: Axis) -> Tensor:
     C[d] = sum_w e^(i w d) conj(U(w)) U(w)^T / period, over the frequencies of a real transform, of which all
     but the first and, at an even period, the last stand for two.
     """
-    height, half = spectra.shape[:2]
-    weights = torch.full((half,), 2.0, dtype=torch.float64, device=spectra.device)
-    weights[0] = 1
-    if columns.period % 2 == 0:
-        weights[-1] = 1
-    across = _waves(columns, half, spectra.device) * (weights / (height * columns.period))
-    down = _waves(rows, height, spectra.device)
-    part = torch.matmul(across.to(spectra.dtype), spectra)  # (P1, d2, g phi phi)
-    return torch.tensordot(down, part.to(down.dtype), dims=1).real
+    part = torch.matmul(_waves(columns, True).to(spectra.dtype), spectra)  # (P1, d2, g phi phi)
+    return torch.tensordot(_waves(rows, False), part.to(torch.complex128), dims=1).real
 
 
-def _waves(axis: Axis, frequencies: int, device: torch.device) -> Tensor:
-    """e^(i w d), complex128, shape (d, w)."""
-    d = torch.cat([torch.arange(axis.reach, device=device), torch.arange(1 - axis.reach, 0, device=device)])
-    w = torch.arange(frequencies, device=device)
+@functools.lru_cache(32)
+def _waves(axis: Axis, half: bool) -> Tensor:
+    """e^(i w d) / period, complex128, shape (d, w); for half of the frequencies, those that stand for two twice."""
+    d = torch.cat([torch.arange(axis.reach), torch.arange(1 - axis.reach, 0)])
+    w = torch.arange(axis.period // 2 + 1 if half else axis.period)
     angle = (d[:, None] * w % axis.period).double() * (2 * torch.pi / axis.period)
-    return torch.polar(torch.ones_like(angle), angle)
+    times = 1 + half * (w * 2 % axis.period != 0)
+    return torch.polar((times.double() / axis.period).expand_as(angle), angle)
 
 
 class _Strips:
@@ -208,9 +214,8 @@ class _Strips:
     def outside(self) -> Tensor:
         """Sums over the pairs whose output position is outside, shape (a1, a1', a2, a2', g, phi, phi')."""
         rows, columns = self._axes
-        down, across = (torch.arange(axis.reach, device=self._rows.device) for axis in self._axes)
-        above = self._cut_off(self._rows, rows, columns)[:, :, across - across[:, None]]
-        beside = self._cut_off(self._columns, columns, rows)[:, :, down - down[:, None]].movedim((2, 3), (0, 1))
+        above = self._cut_off(self._rows, rows, columns)[:, :, _distances(columns)]
+        beside = self._cut_off(self._columns, columns, rows)[:, :, _distances(rows)].movedim((2, 3), (0, 1))
         return above + beside - self._corners()
 
     def _cut_off(self, strips: Tensor, axis: Axis, along: Axis) -> Tensor:

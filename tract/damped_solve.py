@@ -13,7 +13,7 @@ from torch import Tensor
 _ROUNDINGS_OF_TRACE = 8 * torch.finfo(torch.float64).eps
 
 _INVERTED = 64  # up to this n one product with the inverse is the fastest on a CPU
-_ROWS = 256
+_ROWS = 512
 
 
 def effective_damping(damping: float, trace: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def second_moment(x: Tensor, geometry: Geometry, dtype: torch.dtype = torch.floa
 
     Equation: the matrix x x^T of the TrAct closed form (arXiv 2410.23970, section 3), before the
     division by b. Which way it goes is a matter of speed alone: kernels that overlap by far go
-    through :mod:`tract.autocorrelation`, all else through blocks of rows.
+    through :mod:`tract.autocorrelation` on a CPU, all else through blocks of rows.
 
     Args:
         x: the layer's input, any floating dtype and memory format.
@@ -160,7 +160,7 @@ def second_moment_for(x: Tensor, geometry: Geometry, damping: float) -> Tensor:
 def _overlapping_axes(x: Tensor, geometry: Geometry) -> tuple[Axis, Axis] | None:
     """The axes of a convolution of one or two dimensions for which its lags are faster than its rows."""
     dimensions = len(geometry.kernel)
-    if dimensions not in (1, 2) or geometry.ones:
+    if dimensions not in (1, 2) or geometry.ones or x.device.type != "cpu":
         return None
     out = geometry.output_size(tuple(x.shape[2:]))
     if 0 in (*out, len(x)):
@@ -170,17 +170,25 @@ def _overlapping_axes(x: Tensor, geometry: Geometry) -> tuple[Axis, Axis] | None
     axes = [Axis(kernel, stride, dilation, pad[0] * zeros, count) for kernel, stride, dilation, pad, count in sizes]
     rows, columns = axes if dimensions == 2 else (Axis(1, 1, 1, 0, 1), axes[0])
     n = geometry.row_length
-    by_rows = geometry.groups * geometry.count_rows(x) * n * (1.5e-10 + 6.5e-12 * (n + 48))
+    by_rows = geometry.groups * geometry.count_rows(x) * n * (3e-10 + 1.1e-11 * (n + 64))
     return (rows, columns) if seconds(len(x), x.shape[1], geometry.groups, rows, columns) < by_rows else None
 
 
 def _from_lags(x: Tensor, geometry: Geometry, axes: tuple[Axis, Axis], dtype: torch.dtype) -> Tensor:
     if len(geometry.kernel) == 1:
         x, geometry = x.unsqueeze(-2), geometry.with_rows()
+    if dtype == torch.float32 and _is_flat(x):
+        dtype = torch.float64
     if geometry.padding_mode == "zeros":
         return autocorrelated(x, *axes, geometry.groups, dtype)
-    at_once = max(4, _BUFFER_ELEMENTS // x[0].numel())
+    at_once = max(1, _BUFFER_ELEMENTS // 2 // x[0].numel())
     return sum(autocorrelated(_pad(some, geometry), *axes, geometry.groups, dtype) for some in x.split(at_once))
+
+
+def _is_flat(x: Tensor) -> bool:
+    """Whether neighbouring pixels are equal, in a sample of the lines: X^T X is singular then, and roundings show."""
+    lines = x[..., ::16, :]
+    return bool(lines.diff().square().sum() <= 1e-4 * lines.square().sum())
 
 
 def _from_rows(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
@@ -198,11 +206,11 @@ def _add_products(total: Tensor, rows: Tensor, size: int) -> None:
     """Add the lower tiles of rows^T rows, for rows (g, b, n): sums of at most a thousand rows, added up in float64."""
     count, n = rows.shape[1:]
     whole = count // _SUMMED_ROWS * _SUMMED_ROWS
-    if n <= size and len(rows) == 1 and whole:
+    if n <= size and len(rows) == 1 and whole:  # all sums at once
         sums = rows[0, :whole].unflatten(0, (-1, _SUMMED_ROWS))
         total += (sums.mT @ sums).sum(0, dtype=total.dtype)
         rows = rows[:, whole:]
-    for some in rows.split(_SUMMED_ROWS, dim=1):
+    for some in rows.split(_SUMMED_ROWS, dim=1) if rows.shape[1] else ():
         for low in range(0, n, size):
             high = min(low + size, n)
             total[:, low:high, :high] += some[:, :, low:high].mT @ some[:, :, :high]
