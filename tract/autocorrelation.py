@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SPECTRA = 6 * 2**20  # bytes of the sums of cross spectra; more are cut into slabs of output positions
+_SPECTRA = 5 * 2**20  # bytes of the sums of cross spectra; more are cut into slabs of output positions
 _WORK = 2 * 2**20  # bytes of the images that are transformed together, of their transforms, and of these in order
 _STRIPS = 4 * 2**20  # bytes of their borders
 _FEWEST = 4  # images; of fewer, complex batched products are several times slower
