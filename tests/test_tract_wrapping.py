@@ -1,6 +1,9 @@
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,3 +201,10 @@ def test_lambda_may_be_changed_between_steps():
     wrapped.lambda_ = 0.4
     actual = gradients(wrapped, x, direction)[1].clone()
     assert torch.equal(actual, gradients(TrAct(layer, 0.4), x, direction)[1])
+
+
+def test_importing_the_library_imports_neither_triton_nor_the_compiler():
+    """They cost as much time as torch itself."""
+    code = "import sys, tract, tract.proxprop, tract.oialr; print({'triton', 'torch._dynamo'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -104,7 +104,7 @@ class ProxPropLayer(Gathering):
             return super().forward(*inputs)
         return self._training_forward(*inputs)
 
-    @torch.compiler.disable  # the backward pass calls the layer itself
+    @torch._disable_dynamo  # the backward pass calls the layer itself; as in tract.distributed
     def _training_forward(self, *inputs: Any) -> Any:
         if any(hasattr(parameter, "device_mesh") for parameter in self.parameters()):
             raise RuntimeError(
