@@ -33,12 +33,13 @@ def require(condition: Tensor, message: str) -> None:
         if not condition:
             raise NonFiniteError(message)
         return
-    if torch.cuda.is_current_stream_capturing():
-        return
-    answer = torch.empty((), dtype=torch.bool, pin_memory=True)
-    answer.copy_(condition, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
+    with torch.cuda.device_of(condition):  # whose stream computes it, whichever device is the current one
+        if torch.cuda.is_current_stream_capturing():
+            return
+        answer = torch.empty((), dtype=torch.bool, pin_memory=True)
+        answer.copy_(condition, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
     _underway.append((arrived, answer, message))
     while _underway and _underway[0][0].query():
         _, earlier, earlier_message = _underway.popleft()
