@@ -11,6 +11,7 @@ import torch
 
 from tests.tract_layers import make
 from tract import TrAct, gpu_moment
+from tract.second_moment import second_moment as torch_moment
 
 ROOT = Path(__file__).parents[1]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
@@ -76,3 +77,25 @@ def test_the_kernels_can_be_built_for_gpus_and_multiply_on_tensor_cores(name, dt
     assert "f64" in kernels[1].assembly
     assert "mul.f64" not in kernels[0].assembly + kernels[1].assembly
     assert "fma.rn.f64" not in kernels[0].assembly + kernels[1].assembly
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_the_layer_takes_the_kernels_where_they_are_supported_and_torch_elsewhere(supported, monkeypatch):
+    calls = []
+
+    def kernels(x, geometry):
+        calls.append(geometry)
+        return torch_moment(x, geometry)
+
+    monkeypatch.setattr(gpu_moment, "supports", lambda x, geometry: supported)
+    monkeypatch.setattr(gpu_moment, "second_moment", kernels)
+    layer, x, _ = make("conv2d", torch.float32)
+    wrapped = TrAct(layer)
+    wrapped(x).sum().backward()
+    assert calls == [wrapped._geometry()] * supported
+    assert wrapped.weight.grad.isfinite().all()
+
+
+def test_nothing_on_a_cpu_is_left_to_the_kernels():
+    layer, x, _ = make("conv2d", torch.float32)
+    assert not gpu_moment.supports(x, TrAct(layer)._geometry())

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tract import gpu_moment
 from tract.damped_solve import damped_factor, damped_solve_dual, damped_solve_rows, solve_by
 from tract.distributed import global_mean
 from tract.finite import require
@@ -40,7 +41,8 @@ def _shape_of(operator: torch._ops.OpOverload) -> Callable:
 @_operator
 def second_moment_op(x: Tensor, geometry: list[int], damping: float) -> Tensor:
     """X^T X of one input, shape (g, n, n), float64; ``geometry`` as :meth:`Geometry.numbers`."""
-    return second_moment_for(x, Geometry.of(geometry), damping)
+    how = Geometry.of(geometry)
+    return gpu_moment.second_moment(x, how) if gpu_moment.supports(x, how) else second_moment_for(x, how, damping)
 
 
 @_shape_of(second_moment_op)
