@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tract.autocorrelation import Axis, autocorrelated, seconds
+from tract.whole_float32 import whole_float32
 
 _BUFFER_ELEMENTS = 2**20  # of a block of rows: 4 MiB in float32
 _SUMMED_ROWS = 1024  # whose products are added up in the precision of the products
@@ -134,7 +135,7 @@ def second_moment(x: Tensor, geometry: Geometry, dtype: torch.dtype = torch.floa
     x = geometry.batched(x.detach()) if geometry.kernel else torch.atleast_2d(x.detach())
     dtype = torch.float64 if x.dtype == torch.float64 else dtype
     axes = _overlapping_axes(x, geometry)
-    with torch.autocast(x.device.type, enabled=False):
+    with torch.autocast(x.device.type, enabled=False), whole_float32():
         return _from_rows(x, geometry, dtype) if axes is None else _from_lags(x, geometry, axes, dtype)
 
 
