@@ -27,6 +27,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from tract import side_stream
 from tract.distributed import all_rows_if_few, sharded_like, world_size
 from tract.gathered import Gathered, Gathering
 from tract.ops import (
@@ -127,8 +128,10 @@ class TrActLayer(Gathering):
             if few is not None:
                 return PreconditionByRows.apply(weight, few, self.lambda_, self.label)
         total = second_moment_op(x.detach(), geometry.numbers(), self.lambda_)
-        factor = factor_op(total, total.new_full((1,), rows), self._everywhere, self.lambda_, self.label)
-        return PreconditionWeight.apply(weight, factor)
+        aside = side_stream.is_allowed()
+        with side_stream.beside(total, aside):
+            factor = factor_op(total, total.new_full((1,), rows), self._everywhere, self.lambda_, self.label)
+        return PreconditionWeight.apply(weight, factor, aside)
 
     def begin_accumulation(self) -> None:
         """Gather gradient and statistics instead of applying them."""

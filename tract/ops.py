@@ -14,6 +14,7 @@ from tract.damped_solve import damped_factor, damped_solve_dual, damped_solve_ro
 from tract.distributed import global_mean
 from tract.finite import require
 from tract.second_moment import Geometry, output_columns, second_moment_for, unfold
+from tract.side_stream import join
 
 _SECOND_DERIVATIVE = (
     "TrAct has no second derivative: its weight gradient is an update direction, not the "
@@ -137,19 +138,22 @@ class PreconditionWeight(torch.autograd.Function):
     """Identity on the weight going forward; G |-> G (A + lambda I)^-1 going back."""
 
     @staticmethod
-    def forward(weight: Tensor, factor: Tensor) -> Tensor:
+    def forward(weight: Tensor, factor: Tensor, beside: bool) -> Tensor:
         """The weight itself (a view)."""
         return weight.view_as(weight)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        """Keep the Cholesky factor of A + lambda I."""
-        ctx.save_for_backward(inputs[1])
+        """Keep the Cholesky factor of A + lambda I, and whether it may come from the side stream."""
+        _, factor, ctx.beside = inputs
+        ctx.save_for_backward(factor)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
         """The preconditioned weight gradient."""
-        return first_derivative(solve_op(gradient.detach(), *ctx.saved_tensors)), None
+        (factor,) = ctx.saved_tensors
+        join(factor, ctx.beside)
+        return first_derivative(solve_op(gradient.detach(), factor)), None, None
 
 
 class PreconditionByRows(torch.autograd.Function):
