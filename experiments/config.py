@@ -42,9 +42,18 @@ COMPONENTS = ("model", "data", "optim", "schedule", "method")
 GROUPS = ("stage", *COMPONENTS, "debug")
 # Options that came when runs had been made without them. At these values they are left out of a configuration, so that
 # such a run is found under its name.
-_LATER = {"data": {"label_noise": 0.0, "label_noise_seed": 0, "corruption": None, "severity": None}}
+_LATER = {
+    "data": {"label_noise": 0.0, "label_noise_seed": 0, "corruption": None, "severity": None},
+    "optim": {"fused": None},
+}
 _LATER_ABOVE = {"eval_train": False, "eval_start": False, "train_images": None, "validation_images": 0}
 _LATER_ABOVE |= {"validation_from": "spread", "budget_seconds": None}
+_LATER_ABOVE |= {"matmul_precision": "highest", "conv_precision": "high"}
+# What any optimizer may be given, and what is said where it has no such option.
+_OF_ANY_OPTIMIZER = {
+    "weight_decay": "takes no weight_decay, and this recipe gives it {value}; optim.weight_decay=0 trains without.",
+    "fused": "has no fused kernels; leave optim.fused out.",
+}
 _COMPOSED = "tract.methods.composed.Composed"  # of method=[a,b]
 
 
@@ -68,6 +77,14 @@ class Precision(StrEnum):
     fp32 = "fp32"
     bf16 = "bf16"
     fp16 = "fp16"
+
+
+class Products(StrEnum):
+    """What float32 products may be computed in, by torch's words."""
+
+    highest = "highest"  # float32
+    high = "high"  # TF32 on a GPU that has it
+    medium = "medium"  # torch's choice below that; on a GPU TF32 too
 
 
 @dataclass
@@ -136,6 +153,8 @@ class Config:
     mix_group: int | None = None  # images that are mixed alike, of each other; None: the whole batch
     repeats: int = 1  # repeated augmentation: an epoch has so many copies of each of images / repeats images
     precision: Precision = Precision.fp32
+    matmul_precision: Products = Products.highest  # of float32 matrix products
+    conv_precision: Products = Products.high  # of float32 convolutions on a GPU: highest, or high as torch has it
     channels_last: bool = False
     compile: bool = False
     ema_decay: float | None = None
@@ -408,7 +427,7 @@ def load_config(path: Path) -> Config:
 def to_tree(config: Config) -> dict[str, Any]:
     """The configuration as plain dictionaries, lists and scalars."""
     tree = asdict(config)
-    for key in ("precision", "loss", "validation_from"):
+    for key in ("precision", "matmul_precision", "conv_precision", "loss", "validation_from"):
         tree[key] = str(tree[key].value)
     for key, usual in _LATER_ABOVE.items():
         if tree[key] == usual:
@@ -492,6 +511,8 @@ def validate(config: Config) -> None:
         config.ema_decay is None or 0 < config.ema_decay < 1, "ema_decay", "0 < value < 1 or null", config.ema_decay
     )
     _require(0 < config.bias_lr < math.inf, "bias_lr", "a number above 0", config.bias_lr)
+    conv = config.conv_precision
+    _require(conv is not Products.medium, "conv_precision", "highest or high", conv.value)
     clip = config.clip_grad_norm
     _require(clip is None or clip > 0, "clip_grad_norm", "above 0 or null", clip)
     runtime = config.runtime
@@ -545,12 +566,9 @@ def _check_component(group: str, node: dict[str, Any]) -> None:
     for key, value in options_of(node).items():
         if key in parts:
             continue
-        if key not in parameters and (group, key) == ("optim", "weight_decay"):  # a recipe's, for any optimizer
+        if key not in parameters and group == "optim" and key in _OF_ANY_OPTIMIZER:
             if value:
-                raise UserError(
-                    f"{node.get('name')} takes no weight_decay, and this recipe gives it {value}; optim.weight_decay=0 "
-                    "trains without."
-                )
+                raise UserError(f"{node.get('name')} {_OF_ANY_OPTIMIZER[key].format(value=value)}")
             del node[key]
             continue
         if key not in parameters:

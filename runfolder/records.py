@@ -75,6 +75,7 @@ class Attempt(TypedDict, total=False):
     untracked: list[str]
     packages: dict[str, str]
     hardware: dict[str, str | int]  # device, cores, threads, host
+    switches: dict[str, str | int | bool]  # torch's global ones: deterministic kernels, precision of products, ...
     world_size: int
     data: str  # fingerprint of the data set
     resumed_from_step: int

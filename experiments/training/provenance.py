@@ -11,12 +11,13 @@ import shlex
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from experiments.training.torch_settings import Switches
 from runfolder.errors import UserError
 from runfolder.files import write_atomically, write_json
 from runfolder.folder import RunFolder
@@ -132,6 +133,7 @@ def record_attempt(folder: RunFolder, device: torch.device, ranks: int, step: in
         "untracked": code.untracked[:100],
         "packages": versions(),
         "hardware": hardware(device),
+        "switches": asdict(Switches.now()),
         "world_size": ranks,
         "data": data,
         "resumed_from_step": step,
