@@ -14,7 +14,7 @@ from tract.methods.tract import TrActMethod
 
 OPTIONS = {
     "lr": 0.01, "betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.02,
-    "first_lr": 0.2, "momentum": 0.7, "nesterov": True,
+    "first_lr": 0.2, "momentum": 0.7, "nesterov": True, "fused": False,
 }  # fmt: skip
 NODE = {"name": "sgd_adam", "_target_": "experiments.training.first_layer_sgd.FirstLayerSGD", **OPTIONS}
 FACTORS = [1.0, 0.5, 0.0, 0.75, 0.25, 1.0]

@@ -3,9 +3,13 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
+from torch._subclasses import FakeTensorMode
 
+from experiments.config import compose_config, config_hash
 from experiments.training.optim import build_optimizer, load_state_by_name, set_learning_rate, state_by_name
+from runfolder.errors import UserError
 from tract.methods.base import Method
+from tract.methods.tract import TrActMethod
 
 KINDS = {
     "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
@@ -154,3 +158,122 @@ def test_lamb_goes_on_with_its_step():
     _train(model, optimizer, range(3, 6))
     _train(again, resumed, range(3, 6))
     assert all(map(torch.equal, model.parameters(), again.parameters()))
+
+
+# -- as few launches as the updates need ----------------------------------------------------------------
+
+
+class _Marked(Method):
+    """The first layer apart, and by name only."""
+
+    def param_groups(self, model):
+        first = list(model.first.parameters())
+        others = [p for p in model.parameters() if all(p is not own for own in first)]
+        return [{"params": others}, {"params": first, "first_layer": True}]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_that_no_option_tells_apart_are_one_in_the_models_order(kind):
+    for method in (_Marked(), _Turned()):
+        model = _Net(ORDERS[0])
+        (group,) = _optimizer(kind, model, method).param_groups
+        assert group["params"] == list(model.parameters())
+        assert "first_layer" not in group
+
+
+def test_with_tract_there_are_the_groups_of_plain_training():
+    for decay_matrices_only, bias_lr in ((False, 1.0), (True, 1.0), (True, 2.0)):
+        plain, model = _Net(ORDERS[0]), _Net(ORDERS[0])
+        method = TrActMethod(0.1, "first", "global")
+        method.apply(model)
+        node = {"_target_": "torch.optim.AdamW", "lr": 0.1, "weight_decay": 0.1}
+        of_plain, of_tract = (
+            state_by_name(build_optimizer(node, m, net, decay_matrices_only, bias_lr), net)["groups"]
+            for m, net in ((Method(), plain), (method, model))
+        )
+        assert sorted(map(str, of_plain)) == sorted(map(str, of_tract))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_with_more_groups_goes_on_to_the_same_bytes(kind):
+    """As checkpoints had, from before groups were joined."""
+    apart, model = _Net(ORDERS[0]), _Net(ORDERS[0])
+    model.load_state_dict(apart.state_dict())
+    split = [{"params": list(layer.parameters())} for layer in apart.children()]
+    old = getattr(torch.optim, kind)(split, **KINDS[kind])
+    for group in old.param_groups:
+        group["base_lr"] = group["lr"]
+    _train(apart, old, range(4))
+    model.load_state_dict(apart.state_dict())
+    new = _optimizer(kind, model, _Turned())
+    load_state_by_name(new, model, copy.deepcopy(state_by_name(old, apart)))
+    _train(apart, old, range(4, 8))
+    _train(model, new, range(4, 8))
+    assert len(new.param_groups) == 3
+    assert all(map(torch.equal, apart.parameters(), model.parameters()))
+
+
+OWN = {"sgd_adam": _Marked()}
+FUSED = {
+    "sgd": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9, "nesterov": True, "weight_decay": 0.01},
+    "plain sgd": {"_target_": "torch.optim.SGD", "lr": 0.1},
+    "adam": {"_target_": "torch.optim.Adam", "lr": 0.01, "weight_decay": 0.01},
+    "adamw": {"_target_": "torch.optim.AdamW", "lr": 0.01, "weight_decay": 0.1},
+    "sgd_adam": {
+        "_target_": "experiments.training.first_layer_sgd.FirstLayerSGD", "lr": 0.01, "betas": (0.9, 0.999),
+        "eps": 1e-8, "weight_decay": 0.01, "first_lr": 0.1, "momentum": 0.9, "nesterov": False,
+    },
+}  # fmt: skip
+
+
+def _fused(name, model, fused):
+    return build_optimizer(FUSED[name] | {"fused": fused}, OWN.get(name, Method()), model)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_fused_kernels_do_the_same_also_where_a_parameter_comes_later(name):
+    models = [_Net(ORDERS[0]) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, fused in zip(models, (False, True), strict=True):
+        optimizer = _fused(name, model, fused)
+        assert {group["fused"] for group in optimizer.param_groups} == {fused or None}
+        model.first.bias.requires_grad_(False)
+        _train(model, optimizer, range(3))
+        model.first.bias.requires_grad_(True)
+        _train(model, optimizer, range(3, 6))
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert not torch.equal(models[0].first.bias, _Net(ORDERS[0]).first.bias)
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_unless_told_otherwise_they_are_taken_on_a_gpu_and_not_on_the_cpu(name):
+    with FakeTensorMode(), torch.device("cuda"):
+        on_gpu = _Net(ORDERS[0])
+        assert {group["fused"] for group in _fused(name, on_gpu, None).param_groups} == {True}
+        assert {group["fused"] for group in _fused(name, on_gpu, False).param_groups} == {None}
+    assert {group["fused"] for group in _fused(name, _Net(ORDERS[0]), None).param_groups} == {None}
+
+
+def test_which_kernels_make_the_step_does_not_come_with_a_state():
+    """Else a run would go on with those of another device."""
+    model = _Net(ORDERS[0])
+    optimizer = _fused("adam", model, True)
+    _train(model, optimizer, range(3))
+    again = copy.deepcopy(model)
+    resumed = _fused("adam", again, False)
+    load_state_by_name(resumed, again, copy.deepcopy(state_by_name(optimizer, model)))
+    assert resumed.param_groups[0]["fused"] is None
+    _train(model, optimizer, range(3, 6))
+    _train(again, resumed, range(3, 6))
+    torch.testing.assert_close(model.first.weight, again.first.weight, rtol=1e-4, atol=1e-6)
+
+
+def test_fused_decides_the_run_only_where_it_is_given():
+    usual, given, declined = (compose_config("cifar_vit", {"optim.fused": value}) for value in (None, True, False))
+    assert "fused" not in usual.optim  # so runs from before it came are found
+    assert config_hash(usual) == config_hash(compose_config("cifar_vit", {}))
+    assert len({config_hash(config) for config in (usual, given, declined)}) == 3
+    with pytest.raises(UserError, match="lamb has no fused kernels; leave optim.fused out"):
+        compose_config("imagenet_deit", {"optim.fused": True})
+    assert "fused" not in compose_config("imagenet_deit", {"optim.fused": False}).optim

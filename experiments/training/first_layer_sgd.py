@@ -22,6 +22,7 @@ class FirstLayerSGD(Optimizer):
         first_lr: SGD's learning rate.
         momentum: SGD's.
         nesterov: SGD's.
+        fused: whether both rules take torch's fused kernels.
 
     Raises:
         ValueError: no group is marked, or all are, or a value is out of torch's range.
@@ -37,6 +38,7 @@ class FirstLayerSGD(Optimizer):
         first_lr: float,
         momentum: float,
         nesterov: bool,
+        fused: bool | None,
     ):
         first = [group for group in groups if _is_first(group)]
         others = [group for group in groups if not _is_first(group)]
@@ -45,10 +47,11 @@ class FirstLayerSGD(Optimizer):
                 f"expected a method that marks the first layer's parameters, got {len(first)} marked and "
                 f"{len(others)} other groups; use method=tract, or another optim."
             )
+        both = {"weight_decay": weight_decay, "fused": fused}
         # Each rule writes its options into its groups, which are the same dictionaries as ours.
         self._rules = [
-            (False, Adam(others, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)),
-            (True, SGD(first, lr=first_lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay)),
+            (False, Adam(others, lr=lr, betas=betas, eps=eps, **both)),
+            (True, SGD(first, lr=first_lr, momentum=momentum, nesterov=nesterov, **both)),
         ]
         super().__init__(groups, {})
 
