@@ -5,11 +5,15 @@ All three are made for the tensors that the model has, and made anew when a meth
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import chain
+
 import torch
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from experiments.config import Config
 from experiments.ranks import Ranks
@@ -52,8 +56,7 @@ class Network:
         if self._may_change:
             self._follow(step)
         if self.average is not None:
-            self.average.update_parameters(self._model)
-            _copy_counters(self._model, self.average.module)
+            _update(self.average, self._model, self._config.ema_decay)
             self._method.after_average(self._model, self.average.module)
 
     def _follow(self, step: int) -> None:
@@ -85,10 +88,7 @@ class Network:
         return network
 
     def _averaged(self) -> AveragedModel | None:
-        decay = self._config.ema_decay
-        if decay is None:
-            return None
-        return AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        return None if self._config.ema_decay is None else AveragedModel(self._model)
 
     def _require_alike(self, now: _Layout, step: int) -> None:
         """All ranks have the same parameters, new ones with the same values."""
@@ -129,11 +129,27 @@ class _Layout:
         return self._shapes | {name: (*self._shapes[name], value) for name, value in zip(new, sums, strict=True)}
 
 
-def _copy_counters(model: nn.Module, average: nn.Module) -> None:
-    """Whole numbers have no average: they are the model's own."""
-    for own, averaged in zip(model.buffers(), average.buffers(), strict=True):
-        if not own.is_floating_point():
-            averaged.copy_(own)
+@torch.no_grad()
+def _update(average: AveragedModel, model: nn.Module, decay: float) -> None:
+    """average ← decay · average + (1 − decay) · model, which begins as the model; a launch or so for each dtype.
+
+    Whole numbers have no average: they are the model's own. torch's ``update_parameters`` does the same, but
+    copies its counter to the device in each step, for which the host waits.
+    """
+    pairs: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for averaged, own in zip(_tensors(average.module), _tensors(model), strict=True):
+        for tensors, tensor in zip(pairs[own.dtype], (averaged, own), strict=True):
+            tensors.append(tensor)
+    for dtype, (averages, owns) in pairs.items():
+        if average.n_averaged > 0 and dtype.is_floating_point:
+            torch._foreach_lerp_(averages, owns, 1 - decay)
+        else:
+            torch._foreach_copy_(averages, owns)
+    average.n_averaged += 1
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    return chain(model.parameters(), model.buffers())
 
 
 def _shape(tensor: Tensor) -> tuple:

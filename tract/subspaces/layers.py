@@ -451,5 +451,6 @@ def _fill(layers: list[SubspaceLayer], points: list[tuple[float, ...]]) -> None:
     for row, layer in enumerate(layers):
         device = layer.coefficients.device
         if device not in tables:
-            tables[device] = table.to(device)
+            pinned = table.pin_memory() if device.type == "cuda" else table  # or the host would wait
+            tables[device] = pinned.to(device, non_blocking=True)
         layer.coefficients.copy_(tables[device][row])
