@@ -1,4 +1,5 @@
 import functools
+import itertools
 import json
 import math
 import re
@@ -161,6 +162,27 @@ def test_the_record_has_steps_and_epochs_as_x_axes(changes, evaluations, steps, 
     for step, rate in scalars["train/lr"]:  # of the step that was just taken, the first being step 0
         expected = config.optim["lr"] * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
         assert rate == pytest.approx(expected, rel=1e-5)
+
+
+def test_peak_memory_is_that_of_the_runs_own_training(tmp_path, monkeypatch):
+    """Not of an evaluation, an earlier run in the process, or an earlier epoch."""
+    peak, steps, evaluate = [1000.0], itertools.count(1), Trainer._in_use
+
+    def trained(trainer, *arguments):
+        peak[0] = max(peak[0], next(steps))
+        return step(trainer, *arguments)
+
+    def evaluated(trainer, predictor):
+        peak[0] = max(peak[0], 500.0)
+        return evaluate(trainer, predictor)
+
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", trained)
+    monkeypatch.setattr(Trainer, "_in_use", evaluated)
+    monkeypatch.setattr("experiments.training.loop._forget_peak", lambda device: peak.__setitem__(0, 0.0))
+    monkeypatch.setattr("experiments.training.loop._peak_mib", lambda device: peak[0])
+    config, _, _ = _train(tmp_path, epochs=3)
+    assert _scalars(config)["memory/peak_mib"] == [(1, 12.0), (2, 24.0), (3, 36.0)]
 
 
 def test_training_accuracy_and_loss_are_means_over_the_window(tmp_path):

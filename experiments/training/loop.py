@@ -151,6 +151,7 @@ class Trainer:
             disable=None if self.ranks.first and self.config.runtime.progress else True,
         )
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
+        _forget_peak(self.device)
         with self._bar:
             if self.ranks.highest(self.stop.wish()) >= Wish.STOP:
                 raise StoppedError("told to stop before the first step")
@@ -322,6 +323,7 @@ class Trainer:
 
     def _evaluate(self) -> None:
         speed = self.images_per_second() if self._speed_images else None
+        peak = _peak_mib(self.device)
         self._count_seconds()
         metrics, facts = {}, {}
         # DistributedDataParallel brings buffers (BatchNorm's) in step in its next forward pass only.
@@ -343,7 +345,8 @@ class Trainer:
             metrics |= {f"{name}/{key}": value for key, value in self._mean_over_test(measure).items()}
         metrics |= dict(self.method.metrics(self.model))
         self._count_seconds(training=False)
-        self._record(metrics, facts, speed)
+        self._record(metrics, facts | {tags.PEAK_MIB: peak}, speed)
+        _forget_peak(self.device)
 
     def _facts(self, result: Callable[[Any], Any]) -> dict[str, float]:
         """Sizes of what is trained, and of the network that is the result."""
@@ -414,7 +417,6 @@ class Trainer:
         progress = self.progress
         epoch = math.ceil(progress.step / self.batches.steps_per_epoch)
         times = {tags.EPOCH_SECONDS: progress.epoch_seconds, tags.TRAIN_SECONDS: progress.train_seconds}
-        times[tags.PEAK_MIB] = _peak_mib(self.device)
         if speed is not None:
             times[tags.IMAGES_PER_SECOND] = speed
         for tag, value in (metrics | times | facts).items():
@@ -452,7 +454,13 @@ def _keeping(predictor: Callable[[Any], Any], kept: list[Tensor]) -> Callable[[A
     return predict
 
 
+def _forget_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def _peak_mib(device: torch.device) -> float:
+    """The most memory of the device's tensors since it was forgotten; on the CPU, of the process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
