@@ -21,6 +21,7 @@ from experiments.data.augment import (
     normalise,
     pipeline,
     rotate,
+    turns,
 )
 from experiments.data.draws import Draws
 from experiments.data.options import ImageOptions
@@ -179,12 +180,12 @@ def test_three_augment_makes_exactly_one_of_three_changes():
 
 def test_rotation_looks_up_the_pixels_that_pillow_does():
     images, draws = _images(64, size=32), torch.rand(64, dtype=torch.float64)
-    rotated = rotate(images, draws, 15.0)
+    rotated = rotate(images, turns(draws, 15.0))
     differ = 0
     for image, draw, ours in zip(images, draws, rotated, strict=True):
         theirs = Image.fromarray(image.permute(1, 2, 0).numpy()).rotate((2 * draw.item() - 1) * 15.0)
         differ += (torch.from_numpy(np.array(theirs)).permute(2, 0, 1) != ours).any(0).sum().item()
     assert differ <= 64 * 32 * 32 / 1000  # Pillow computes with 16 binary places
-    assert torch.equal(rotate(images, torch.full((64,), 0.5, dtype=torch.float64), 15.0), images)
-    quarter = rotate(images, torch.full((64,), 1.0, dtype=torch.float64), 90.0)
+    assert torch.equal(rotate(images, turns(torch.full((64,), 0.5, dtype=torch.float64), 15.0)), images)
+    quarter = rotate(images, turns(torch.full((64,), 1.0, dtype=torch.float64), 90.0))
     assert torch.equal(quarter, torch.rot90(images, 1, (2, 3)))

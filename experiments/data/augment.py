@@ -73,28 +73,42 @@ def crop_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor
     return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def rotate(images: Tensor, draws: Tensor, degrees: float) -> Tensor:
-    """Counterclockwise by an angle from [-degrees, degrees) about the centre: nearest pixel, black corners.
+def turns(draws: Tensor, degrees: float) -> Tensor:
+    """Cosine and sine of an angle from [-degrees, degrees) for each draw, as :func:`rotate` takes them.
+
+    Args:
+        draws: (n,) uniform numbers in [0, 1), float64, on the CPU: another device's sines may differ in the last bit.
+        degrees: the largest angle.
+
+    Returns:
+        (n, 2), float64.
+    """
+    angles = torch.deg2rad((2 * draws - 1) * degrees)
+    return torch.stack([torch.cos(angles), torch.sin(angles)], dim=1)
+
+
+def rotate(images: Tensor, turns: Tensor) -> Tensor:
+    """Counterclockwise about the centre: nearest pixel, black corners.
+
+    Places are sums and products in float64, so that every device looks up the same pixels.
 
     Args:
         images: (batch, channels, height, width), uint8.
-        draws: (batch,) uniform numbers in [0, 1), float64, on the CPU: the pixels that are
-            looked up are then the same on every device.
-        degrees: the largest angle.
+        turns: (batch, 2), from :func:`turns`, on the same device.
 
     Returns:
         uint8, the same shape.
     """
-    batch, _, height, width = images.shape
-    angles = torch.deg2rad((2 * draws - 1) * degrees)[:, None, None]
-    y = (torch.arange(height, dtype=torch.float64) - (height - 1) / 2)[:, None]
-    x = torch.arange(width, dtype=torch.float64) - (width - 1) / 2
-    columns = (torch.cos(angles) * x - torch.sin(angles) * y + width / 2).floor().long()
-    rows = (torch.cos(angles) * y + torch.sin(angles) * x + height / 2).floor().long()
+    _, _, height, width = images.shape
+    cosines, sines = turns[:, :, None, None].unbind(1)
+    y = (torch.arange(height, dtype=torch.float64, device=images.device) - (height - 1) / 2)[:, None]
+    x = torch.arange(width, dtype=torch.float64, device=images.device) - (width - 1) / 2
+    columns = (cosines * x - sines * y + width / 2).floor().long()
+    rows = (cosines * y + sines * x + height / 2).floor().long()
     inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-    index = (rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)).to(images.device)
+    index = rows.clamp(0, height - 1) * width + columns.clamp(0, width - 1)
     found = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, images.shape[1], -1))
-    return found.view_as(images) * inside.to(images.device)[:, None]
+    return found.view_as(images) * inside[:, None]
 
 
 def resized_crop_flip(image: Tensor, draws: Tensor, size: int, interpolation: str = "bilinear") -> Tensor:

@@ -10,11 +10,13 @@ from collections.abc import Iterable
 from typing import ClassVar, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from experiments.tasks.base import Batch, Task
 
-Request = tuple[str, int | None, list[int]]  # split, epoch to augment for (or None) and samples of a batch
+# Split, epoch to augment for (or None) and samples of a batch; a tensor where batches are made on the device.
+Request = tuple[str, int | None, list[int] | Tensor]
 
 
 class Source(ABC):

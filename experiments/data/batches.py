@@ -10,15 +10,17 @@ import hashlib
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from experiments.data.base import Data, Request, Samples
 from experiments.data.shares import Share, shares
+from experiments.data.upload import uploaded
 from experiments.randomness import epoch_order
 from experiments.ranks import Ranks
 from experiments.tasks.base import Batch
@@ -169,12 +171,18 @@ class Batches:
         self._loader, self._requests = None, []
 
     def _made(self, split: str, parts: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
-        full = [(split, epoch, part.tolist()) for part in parts if len(part)]
-        samples = self._samples
-        for batch in map(samples.__getitem__, full) if samples.on_device else self._loaded(full):
+        samples, full = self._samples, [part for part in parts if len(part)]
+        numbers = self._on_device(full) if samples.on_device else [part.tolist() for part in full]
+        requests = [(split, epoch, own) for own in numbers]
+        for batch in map(samples.__getitem__, requests) if samples.on_device else self._loaded(requests):
             yield samples.ready(batch, self.device)
         for _ in range(len(parts) - len(full)):
             yield samples.nothing(self.device)
+
+    def _on_device(self, parts: list[np.ndarray]) -> Sequence[Tensor]:
+        """All parts' samples, brought there at once."""
+        together = np.concatenate([np.empty(0, dtype=np.int64), *parts])
+        return uploaded(torch.from_numpy(together), self.device).split([len(part) for part in parts])
 
     def _loaded(self, requests: list[Request]) -> Iterator[Batch]:
         """What loader processes make of each request; they stay from epoch to epoch."""

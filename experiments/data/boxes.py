@@ -99,6 +99,7 @@ class BoxSamples(Samples):
             image, boxes = image.flip(-1), mirrored(boxes, image.shape[-1])
         # Copies: what a loader process sends stays in shared memory, with an open file each.
         target = {"boxes": boxes.clone(), "labels": own.labels.clone(), "difficult": own.difficult.clone()}
+        target["trained"] = (~own.difficult).nonzero()[:, 0]  # here, since a device would have to be asked
         return image, target | {"image": torch.tensor(number)}
 
     def _is_mirrored(self, epoch: int, sample: int, images: int) -> bool:

@@ -19,8 +19,10 @@ from experiments.data.augment import (
     resized_crop_flip,
     resized_side,
     rotate,
+    turns,
 )
 from experiments.data.options import ImageOptions
+from experiments.data.upload import uploaded
 from experiments.randomness import epoch_angles, epoch_draws
 
 Reader = Callable[..., Tensor]  # of one image; takes a Spare, see decode()
@@ -41,15 +43,15 @@ class Draws:
         self._options = options
         draws = epoch_draws(seed, epoch, samples, DRAWS) if options.augment != "none" else np.empty((0, DRAWS))
         angles = epoch_angles(seed, epoch, samples) if options.rotation else np.empty(0)
-        self._draws, self._angles = torch.from_numpy(draws).to(device), torch.from_numpy(angles)
+        self._draws = uploaded(torch.from_numpy(draws), device)
+        self._turns = uploaded(turns(torch.from_numpy(angles), options.rotation), device)
 
     def augmented(self, images: Tensor, samples: Tensor) -> Tensor:
-        """A batch of images, (batch, channels, height, width), which are these samples."""
+        """A batch of images, (batch, channels, height, width), which are these samples; all on the same device."""
         options = self._options
         if options.augment == "crop_flip":
-            draws = self._draws[samples.to(self._draws.device)]
-            images = crop_flip(images, draws, options.padding, options.flip)
-        return rotate(images, self._angles[samples], options.rotation) if options.rotation else images
+            images = crop_flip(images, self._draws[samples], options.padding, options.flip)
+        return rotate(images, self._turns[samples]) if options.rotation else images
 
     def augmented_one(self, read: Reader, sample: int) -> Tensor:
         """One image of any size, which is this sample, as (channels, size, size)."""
@@ -61,7 +63,7 @@ class Draws:
             image = augment_one(read(), draws[0, 0].item(), options.augment, options.image_size, options.interpolation)
         else:
             return self.augmented(plain(read, options)[None], torch.tensor([sample]))[0]
-        return rotate(image[None], self._angles[[sample]], options.rotation)[0] if options.rotation else image
+        return rotate(image[None], self._turns[sample : sample + 1])[0] if options.rotation else image
 
 
 def plain(read: Reader, options: ImageOptions) -> Tensor:

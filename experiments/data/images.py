@@ -173,10 +173,9 @@ class ImagesInMemory(ImageSamples):
         self._kept = {name: (images.to(device), labels.to(device)) for name, (images, labels) in parts.items()}
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
-        name, epoch, numbers = request
+        name, epoch, samples = request
         images, labels = self._kept[name]
-        samples = torch.tensor(numbers)
-        index = (samples % len(images)).to(self.device)
+        index = samples % len(images)
         batch = images[index]
         return batch if epoch is None else self._draws_of(epoch).augmented(batch, samples), labels[index]
 

@@ -55,6 +55,5 @@ def _sums(scores: Tensor, labels: Tensor) -> Tensor:
     """(sum of losses, top-1 hits, top-5 hits, images, hits minus confidence in each bin) of one batch, float64."""
     loss = F.cross_entropy(scores, labels, reduction="none").double().sum()
     hits = scores.topk(min(5, scores.shape[1])).indices == labels[:, None]
-    count = torch.tensor(len(labels), dtype=torch.float64, device=labels.device)
-    counts = torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), count])
+    counts = torch.stack([loss, hits[:, 0].sum().double(), hits.sum().double(), torch.full_like(loss, len(labels))])
     return torch.cat([counts, calibration_sums(scores, labels, _BINS)])

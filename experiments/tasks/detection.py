@@ -65,7 +65,7 @@ class Detection(Task):
 
 
 def _without_difficult(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: target[key][~target["difficult"]] for key in ("boxes", "labels")}
+    return {key: target[key][target["trained"]] for key in ("boxes", "labels")}
 
 
 def _result(answer: dict[str, Tensor], target: dict[str, Tensor]) -> ImageResult:

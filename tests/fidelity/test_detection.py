@@ -48,8 +48,8 @@ def scene():
     """330 x 495 pixels of coloured squares from 0 to 1, and four objects."""
     squares = np.random.RandomState(0).randint(0, 256, (3, 22, 33))
     image = torch.tensor(np.kron(squares, np.ones((1, 15, 15))) / 255, dtype=torch.float32)
-    flags = torch.zeros(4, dtype=torch.bool)
-    return image, {"boxes": torch.tensor(BOXES).float(), "labels": torch.tensor(LABELS), "difficult": flags}
+    target = {"boxes": torch.tensor(BOXES).float(), "labels": torch.tensor(LABELS), "trained": torch.arange(4)}
+    return image, target | {"difficult": torch.zeros(4, dtype=torch.bool)}
 
 
 def its_names(model):
