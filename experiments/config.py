@@ -38,6 +38,8 @@ from runfolder.plain_yaml import read_yaml, write_yaml
 from runfolder.records import is_number
 
 CONF = Path(__file__).parent / "conf"
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune")  # of torch.compile; true is the first
+GRAPH = "graph"  # the value of compile that makes a CUDA graph of a whole step
 COMPONENTS = ("model", "data", "optim", "schedule", "method")
 GROUPS = ("stage", *COMPONENTS, "debug")
 # Options that came when runs had been made without them. At these values they are left out of a configuration, so that
@@ -156,7 +158,7 @@ class Config:
     matmul_precision: Products = Products.highest  # of float32 matrix products
     conv_precision: Products = Products.high  # of float32 convolutions on a GPU: highest, or high as torch has it
     channels_last: bool = False
-    compile: bool = False
+    compile: bool | str = False  # torch.compile's mode, or "graph": a whole step as one CUDA graph
     ema_decay: float | None = None
     clip_grad_norm: float | None = None
     decay_matrices_only: bool = False  # no weight decay for 1-D tensors, position embeddings and class tokens
@@ -349,6 +351,8 @@ def from_tree(tree: DictConfig | dict) -> Config:
         where = f"bad value for {error.full_key}" if error.full_key else "configuration"
         raise UserError(f"{where}: {_first_line(error)}.") from None
     validate(config)
+    if config.compile == COMPILE_MODES[0]:
+        config.compile = True  # one run has one name
     for group, usual in _LATER.items():
         node = getattr(config, group)
         setattr(config, group, {key: value for key, value in node.items() if key not in usual or value != usual[key]})
@@ -502,6 +506,8 @@ def validate(config: Config) -> None:
         _require(config.label_smoothing == 0, "label_smoothing", "0 with loss=bce", config.label_smoothing)
     for key in ("mixup", "cutmix"):
         _require(getattr(config, key) >= 0, key, "0 or more", getattr(config, key))
+    modes = (*COMPILE_MODES, GRAPH)
+    _require(config.compile in (False, True, *modes), "compile", f"true, false, {', '.join(modes)}", config.compile)
     _require(config.repeats >= 1, "repeats", "at least 1", config.repeats)
     held = config.validation_images
     _require(held >= 0, "validation_images", "0 or more", held)

@@ -9,6 +9,8 @@ shows as a non-finite weight gradient.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -20,6 +22,20 @@ class NonFiniteError(RuntimeError):
 
 # (finished event, answer on the host, message); oldest first.
 _underway: deque[tuple[torch.cuda.Event, Tensor, str]] = deque()
+_recorded: list[list[tuple[Tensor, str]]] = []  # of captures under way; backward passes are in threads of their own
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[Tensor, str]]]:
+    """What is required while a CUDA graph is captured, when nothing can be answered: (condition, message) of each.
+
+    A replay computes the conditions anew, in the same tensors; require them after it.
+    """
+    _recorded.append([])
+    try:
+        yield _recorded[-1]
+    finally:
+        _recorded.pop()
 
 
 def require(condition: Tensor, message: str) -> None:
@@ -29,13 +45,15 @@ def require(condition: Tensor, message: str) -> None:
         condition: a boolean tensor without dimensions, on any device.
         message: one sentence that names the layer.
     """
+    if _is_captured(condition):
+        if _recorded:
+            _recorded[-1].append((condition, message))
+        return
     if condition.device.type != "cuda":
         if not condition:
             raise NonFiniteError(message)
         return
     with torch.cuda.device_of(condition):  # whose stream computes it, whichever device is the current one
-        if torch.cuda.is_current_stream_capturing():
-            return
         answer = torch.empty((), dtype=torch.bool, pin_memory=True)
         answer.copy_(condition, non_blocking=True)
         arrived = torch.cuda.Event()
@@ -46,3 +64,10 @@ def require(condition: Tensor, message: str) -> None:
         if not earlier:
             _underway.clear()
             raise NonFiniteError(earlier_message)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    if not tensor.is_cuda:
+        return False
+    with torch.cuda.device_of(tensor):
+        return torch.cuda.is_current_stream_capturing()

@@ -29,6 +29,8 @@ class Task(ABC):
         network: what such a network is called in a sentence.
         primary_metric: tag of the number that a run is known by.
         measures: what ``train/*`` shows beside the loss, in the order of :meth:`loss`.
+        replayable: whether whole batches are tensors of the same shapes, and the loss asks the device nothing, so that
+            one recorded step can be replayed.
 
     Args:
         config: the run.
@@ -42,6 +44,7 @@ class Task(ABC):
     network: str
     primary_metric: str
     measures: tuple[str, ...] = ()
+    replayable: bool = False
 
     def __init__(self, config: Config, classes: int):
         self.config, self.classes = config, classes

@@ -21,6 +21,7 @@ class Classification(Task):
     network = "a classifier"
     primary_metric = "test/top1"
     measures = ("top1",)
+    replayable = True
 
     def __init__(self, config: Config, classes: int):
         super().__init__(config, classes)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,21 @@ import torch.nn as nn
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.config import Config, Precision
+from experiments.config import GRAPH, Config, Precision
 from experiments.data.batches import Batches
 from experiments.randomness import seed_torch
 from experiments.ranks import Ranks
 from experiments.tasks.base import Batch, Task
 from experiments.training.log import RunLog
 from experiments.training.network import Network
-from experiments.training.optim import load_state_by_name, set_learning_rate, state_by_name, state_tensors
+from experiments.training.optim import (
+    load_state_by_name,
+    make_replayable,
+    set_learning_rate,
+    state_by_name,
+    state_tensors,
+)
+from experiments.training.step_graph import step_graph
 from experiments.training.stop import StoppedError, StopRequest, Wish
 from runfolder import tags
 from runfolder.errors import SupersededError, TrainingFailedError
@@ -87,10 +95,13 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.precision is Precision.fp16)
         self.network = Network(config, model, method, optimizer, ranks)
         self._window = torch.zeros(2 + len(self.task.measures), dtype=torch.float64, device=self.device)
-        self._bad_step = torch.tensor(-1, device=self.device)
+        self._bad_steps = torch.zeros((), dtype=torch.int64, device=self.device)  # the first bad one and all since
         self._bar = tqdm(disable=True)
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
         self._speed_images = self._speed_steps = 0
+        self._graph = None
+        if config.compile == GRAPH:
+            self._graph = step_graph(config, task, method, optimizer, ranks, self.device)
 
     # -- state ------------------------------------------------------------------------
 
@@ -121,6 +132,8 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.model.load_state_dict(state["model"])
         load_state_by_name(self.optimizer, self.model, state["optimizer"])
+        if self._graph is not None:
+            make_replayable(self.optimizer)
         self.scaler.load_state_dict(state["scaler"])
         if self.network.average is not None:
             self.network.average.load_state_dict(state["ema"])
@@ -182,19 +195,29 @@ class Trainer:
         seed_torch(config.seed, "step", step, self.ranks.rank)
         set_learning_rate(self.optimizer, self.factor(step))
         self.method.before_step(self.model, step)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts = self._parts([len(share.places) for share in shares])
-        with self.method.accumulating(self.model) if parts > 1 else nullcontext():
-            self._backward(batch, global_count, parts)
-        self._add_penalty()
-        if config.clip_grad_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        update = partial(self._update, global_count=global_count, sizes=[len(share.places) for share in shares])
+        if self._graph is None:
+            update(batch)
+        else:
+            self._graph(update, batch, whole=global_count == config.batch_size)
         self.network.after_step(step)
         self._speed_images += global_count
         self._speed_steps += 1
+
+    def _update(self, batch: Batch, global_count: int, sizes: list[int]) -> None:
+        """Gradients and the optimizer's step. Nothing in here may ask the device (but loss scaling does)."""
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = self._parts(sizes)
+        with self.method.accumulating(self.model) if parts > 1 else nullcontext():
+            self._backward(batch, global_count, parts)
+        self._bad_steps += self._window[0] - self._window[0] != 0
+        self._add_penalty()
+        if self.config.clip_grad_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            foreach = None if self._graph is None else False  # the kernel for all tensors copies a table from the host
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad_norm, foreach=foreach)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
     def _parts(self, sizes: list[int]) -> int:
         """Micro-batches of the ranks' shares of these sizes: equally many on every rank, none of them empty."""
@@ -228,9 +251,7 @@ class Trainer:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _note(self, total: Tensor, measures: Tensor, images: int) -> None:
-        self._window += torch.cat([total[None], measures, torch.full_like(total, images)[None]]).double()
-        is_first_bad = ~torch.isfinite(total) & (self._bad_step < 0)
-        self._bad_step = torch.where(is_first_bad, self.progress.step, self._bad_step)
+        self._window += torch.cat([total[None], measures, torch.full_like(total, images)[None]])
 
     def after_step(self, at_end: bool) -> None:
         """What follows each step: count it, log (always ``at_end`` of an epoch), save, heed requests to stop."""
@@ -261,7 +282,7 @@ class Trainer:
         means = {name: total / count for name, total in zip(("loss", *self.task.measures), sums, strict=True)}
         for name, value in means.items():
             self.log.scalar(f"train/{name}", value, step)
-        self.log.scalar("train/lr", self.optimizer.param_groups[0]["lr"], step)
+        self.log.scalar("train/lr", float(self.optimizer.param_groups[0]["lr"]), step)
         shown = ", ".join(f"{name} {value:.4g}" for name, value in means.items())
         figures = f"{shown}, {self.images_per_second():.0f} images/s"
         self._bar.set_postfix_str(figures)
@@ -279,12 +300,12 @@ class Trainer:
         return self._speed_images / max(1e-9, time.monotonic() - self._speed_clock)
 
     def _require_finite(self) -> None:
-        bad = self.ranks.highest(int(self._bad_step))
-        if bad >= 0:
+        bad_steps = self.ranks.highest(int(self._bad_steps))
+        if bad_steps:
             cures = ["lower optim.lr", "use precision=bf16 instead of fp16", *self.method.advice]
             raise TrainingFailedError(
-                f"train/loss is not finite in step {bad + 1}; the last checkpoint is from before. What may help: "
-                f"{', '.join(cures[:-1])} or {cures[-1]}."
+                f"train/loss is not finite in step {self.progress.step - bad_steps + 1}; the last checkpoint is from "
+                f"before. What may help: {', '.join(cures[:-1])} or {cures[-1]}."
             )
 
     def _require_finite_weights(self) -> None:

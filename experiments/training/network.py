@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from experiments.config import Config
+from experiments.config import GRAPH, Config
 from experiments.ranks import Ranks
 from tract.methods.base import Method
 from tract.parameters import require_held
@@ -82,9 +82,10 @@ class Network:
             skips = any(getattr(module, "skips_parameters", False) for module in network.modules())
             on = [device] if device.type == "cuda" else None
             network = DistributedDataParallel(network, device_ids=on, find_unused_parameters=skips)
-        if self._config.compile:
+        mode = self._config.compile
+        if mode and mode != GRAPH:
             torch.compiler.reset()  # programs for earlier shapes would count towards the limit of recompilations
-            network = torch.compile(network)
+            network = torch.compile(network, mode=None if mode is True else mode)
         return network
 
     def _averaged(self) -> AveragedModel | None:

@@ -98,14 +98,36 @@ def _joined(groups: list[dict[str, Any]], model: nn.Module) -> list[dict[str, An
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
     """Each group's base learning rate times the schedule's factor."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rate = group["base_lr"] * factor
+        if torch.is_tensor(group["lr"]):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+
+
+def make_replayable(optimizer: torch.optim.Optimizer) -> None:
+    """Let a recorded step be replayed: the optimizer reads rates and counts from tensors beside its parameters.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    for group in optimizer.param_groups:
+        if "fused" not in group:
+            raise ValueError(f"{type(optimizer).__name__} reads its learning rate on the CPU in every step")
+        group |= {"fused": True} | ({"capturable": True} if "capturable" in group else {})
+        group["lr"] = torch.tensor(float(group["lr"]), device=group["params"][0].device)
+    if isinstance(optimizer, torch.optim.Adam | torch.optim.SGD):
+        optimizer._step_supports_amp_scaling = True  # as one has it that was made with fused=True
 
 
 def state_by_name(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """{"state": {parameter name: its entries}, "groups": the groups, with names in place of parameters}."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {name: dict(optimizer.state[p]) for p, name in names.items() if optimizer.state.get(p)}
-    groups = [group | {"params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+    groups = [
+        group | {"params": [names[p] for p in group["params"]], "lr": float(group["lr"])}
+        for group in optimizer.param_groups
+    ]
     return {"state": state, "groups": groups}
 
 

@@ -81,6 +81,15 @@ class Method:
     changes_shapes: bool = False
     keeps_shapes: bool = False
 
+    @property
+    def replayable(self) -> bool:
+        """Whether each step is the same operations on the same tensors, so that one recorded step can be replayed.
+
+        True where none of the hooks is overridden that may do something else in each step.
+        """
+        hooks = ("before_step", "before_part", "penalty", "after_step")
+        return all(getattr(type(self), hook) is getattr(Method, hook) for hook in hooks)
+
     def prepare(self, setting: Setting) -> None:
         """Called before ``apply``."""
 

@@ -50,6 +50,11 @@ class Composed(Method):
         self.advice = tuple(dict.fromkeys(advice for part in parts.values() for advice in part.advice))
         self.pieces = math.lcm(*(part.pieces for part in parts.values()))
 
+    @property
+    def replayable(self) -> bool:
+        """Whether all parts are."""
+        return all(part.replayable for part in self.parts.values())
+
     def _require_kept_shapes(self) -> None:
         for name, part in self.parts.items():
             for other, changing in self.parts.items():
