@@ -102,6 +102,8 @@ class RunLog:
         Raises:
             UserError: a file holds other bytes than were written.
         """
+        if self._folder is None:
+            return {}
         self._write()
         sizes = {}
         for path in self._folder.events:
