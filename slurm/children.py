@@ -103,7 +103,9 @@ class Children(list[Child]):
     def _environment(self, slot: int) -> dict[str, str]:
         """For a process of its own: one GPU of those that the job has, and its share of the cores."""
         cores = int(os.environ.get("SLURM_CPUS_PER_TASK") or len(os.sched_getaffinity(0)))
-        environment = {"OMP_NUM_THREADS": str(max(1, cores // self.slots))} | os.environ
+        environment = dict(os.environ)
+        if not environment.get("OMP_NUM_THREADS"):  # to OpenMP an empty one means all cores
+            environment["OMP_NUM_THREADS"] = str(max(1, cores // self.slots))
         gpus = [gpu for gpu in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if gpu]
         if gpus and self._share_gpus and self.slots > 1:
             environment["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]

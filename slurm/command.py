@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import shlex
 import sys
@@ -60,6 +61,8 @@ def main(experiment: str, description: str, grid: str, arguments: list[str] | No
         Exit code: 0 done (or submitted), 1 failed, 2 bad input, 69 busy, 75 stopped with a checkpoint.
     """
     print_any_name()
+    if arguments is None:  # a program of its own: all that it imports stays, and is not searched for garbage
+        gc.disable()
     parser = _parser(experiment, description, grid)
     try:
         options, unknown = parser.parse_known_intermixed_args(arguments)
@@ -115,6 +118,7 @@ def _run_grid(experiment: str, grid: str, options: argparse.Namespace, overrides
     name = str(_single("grid", overrides.pop("grid", [grid])))
     cluster = _cluster(overrides)
     configs = planned(experiment, name, overrides)
+    _all_is_imported()
     if note := load_grid(name).get("note"):
         print(f"note: {note}")
     if not options.dry_run:
@@ -146,9 +150,12 @@ def _single(key: str, values: list) -> Any:
 
 
 def _run_here(config: Config, debugger: bool) -> int:
-    from experiments.training.run import run  # with torch, which --help and grids can do without
+    import torch._dynamo  # noqa: F401  (torch's optimizers do at their first step)
+
+    from experiments.training.run import run  # with torch, which --help can do without
     from experiments.training.stop import StoppedError
 
+    _all_is_imported()
     folder = relative(folder_of(config))
     finished_before = is_finished(folder_of(config))
     try:
@@ -170,6 +177,12 @@ def _run_here(config: Config, debugger: bool) -> int:
     if _is_first_rank():
         print(f"{'finished already' if finished_before else 'finished'}: {figures} in {folder}")
     return 0
+
+
+def _all_is_imported() -> None:
+    if not gc.isenabled():
+        gc.freeze()
+        gc.enable()
 
 
 def _replay(experiment: str, folder: str, overrides: list[str]) -> Config:

@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models import resnet as torchvision_resnet
 
 from experiments.config import choices_of
 from experiments.models import build_model
+from experiments.models.resnet import BasicBlock
 from runfolder.errors import UserError
 from tests.cifar100_reference import FACTS
 
@@ -113,6 +115,27 @@ def test_residual_networks_equal_their_blocks_written_out(name, blocks, options,
     x = torch.randn(4, channels, 16, 16).double()
     expected = _literal_resnet(dict(model.named_parameters()), x, blocks, options.get("maxpool"))
     torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (8, 16)])
+def test_the_small_networks_block_is_torchvisions(inputs, outputs):
+    """The same weights under the same names from the same seed, and the same output."""
+
+    def theirs() -> nn.Module:
+        if inputs == outputs:
+            return torchvision_resnet.BasicBlock(inputs, outputs)
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
+        return torchvision_resnet.BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
+
+    blocks = []
+    for make in (theirs, lambda: BasicBlock(inputs, outputs)):
+        torch.manual_seed(0)
+        blocks.append(make())
+    first, second = (block.state_dict() for block in blocks)
+    assert list(first) == list(second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    x = torch.randn(4, inputs, 8, 8)
+    assert torch.equal(*(block(x) for block in blocks))
 
 
 @pytest.mark.parametrize("kaiming", [True, False])

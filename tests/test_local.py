@@ -42,6 +42,25 @@ def test_dry_run_makes_nothing_and_names_every_run(tmp_path, capsys):
     assert "12 runs: 12 missing" in capsys.readouterr().out
 
 
+def test_a_program_imports_what_it_uses(tmp_path):
+    """What takes seconds: nothing for help, torch for a plan; a run what torch's own optimizers import."""
+    choice = ["model=resnet_small", "method=tract", "seed=0", *TINY, f"runtime.runs={tmp_path}"]
+    program = f"""
+import sys
+from slurm.command import main
+for arguments in (["--help"], ["--dry-run", *{choice}], {choice}):
+    try:
+        main("quickstart", "", "quickstart", arguments)
+    except SystemExit:
+        pass
+    slow = "matplotlib", "scipy", "sympy", "timm", "torch", "torch._dynamo", "torchvision"
+    print("has:", *(name for name in slow if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    has = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("has:")]
+    assert has == [[], ["torch"], ["sympy", "torch", "torch._dynamo"]]
+
+
 def test_a_grid_is_trained_once(tmp_path, capsys):
     """Side by side; a second start finds everything finished; the plan agrees with the folders."""
     selection = [*TINY, "model=resnet_small", "seed=0,1", "method=vanilla", f"runtime.runs={tmp_path}"]

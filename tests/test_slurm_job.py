@@ -467,9 +467,15 @@ def test_gpus_are_shared_out(make_job, monkeypatch, gpus, slots, shared):
     assert sorted(map(str, given)) == sorted(map(str, shared))
 
 
-@pytest.mark.parametrize(("cores", "slots", "threads"), [("8", 4, "2"), ("8", 1, "8"), ("2", 4, "1"), ("7", 2, "3")])
-def test_cores_are_shared_out(make_job, monkeypatch, cores, slots, threads):
+@pytest.mark.parametrize(
+    ("cores", "slots", "threads", "before"),
+    [("8", 4, "2", None), ("8", 1, "8", None), ("2", 4, "1", None), ("7", 2, "3", ""), ("", 10**6, "1", "")],
+)
+def test_cores_are_shared_out(make_job, monkeypatch, cores, slots, threads, before):
+    """An empty variable says no more than none."""
     monkeypatch.setenv("SLURM_CPUS_PER_TASK", cores)
+    if before is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", before)
     submission = make_job("finish()", slots=slots)
     assert train(submission) == 0
     assert starts(submission, 0)[0]["env"]["OMP_NUM_THREADS"] == threads

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import v2
-
-from experiments.data.auto_augment import auto_augment
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,6 @@ class _Erasing:
     std: tuple[float, ...]
 
 
-_RESIZED_CROP = v2.RandomResizedCrop(1)  # asked for places only
 DRAWS = 3  # per image: row of the crop, column of the crop, flip
 IN_BATCHES = ("crop_flip", "none")  # what can be done to whole batches on the device
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -47,6 +44,14 @@ _ERASING = {
 # Of library transforms.
 PIPELINES = ("three_augment", "three_augment_simple_crop", "rand_augment", "auto_augment", *_ERASING)
 ONE_BY_ONE = ("resized_crop", *PIPELINES)  # in loader processes
+
+
+@cache
+def transforms() -> ModuleType:
+    """torchvision's, which take more than a second to import: what changes whole batches does without."""
+    from torchvision.transforms import v2
+
+    return v2
 
 
 def crop_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor:
@@ -125,6 +130,7 @@ def resized_crop_flip(image: Tensor, draws: Tensor, size: int, interpolation: st
     """
     (top, left, height, width), mirror = random_box(draws, *image.shape[-2:])
     part = image[..., top : top + height, left : left + width]
+    v2 = transforms()
     mode = v2.InterpolationMode(interpolation)
     part = v2.functional.resize(part, [size, size], interpolation=mode, antialias=True)
     return part.flip(-1) if mirror else part
@@ -139,11 +145,16 @@ def random_box(draws: Tensor, height: int, width: int) -> tuple[tuple[int, int, 
     before = generator.get_state()
     try:
         generator.manual_seed(int(draws[0].item() * 2**53))
-        box = _RESIZED_CROP.make_params([image])
+        box = _resized_crop().make_params([image])
         mirror = torch.rand(1).item() < 0.5
     finally:
         generator.set_state(before)
     return (box["top"], box["left"], box["height"], box["width"]), mirror
+
+
+@cache
+def _resized_crop() -> Any:
+    return transforms().RandomResizedCrop(1)  # asked for places only
 
 
 def augment_one(image: Tensor, seed: float, kind: str, size: int, interpolation: str) -> Tensor:
@@ -181,7 +192,10 @@ def pipeline(kind: str, size: int, interpolation: str) -> Callable[[Tensor], Ten
     black and white, which timm has after normalisation, are black and white.
     rand_augment_erase_small: the same with crops of 80-100 % of the area, rand-m9-mstd0.5-inc1, CIFAR-10's constants.
     """
+    v2 = transforms()
     if kind == "auto_augment":
+        from experiments.data.auto_augment import auto_augment
+
         first, secondary = _simple_crop(size, interpolation, "constant"), auto_augment
     else:
         first, secondary = _timms(kind, size, interpolation)
@@ -193,6 +207,7 @@ def pipeline(kind: str, size: int, interpolation: str) -> Callable[[Tensor], Ten
 
 
 def _simple_crop(size: int, interpolation: str, padding_mode: str) -> Callable[[Image.Image], Image.Image]:
+    v2 = transforms()
     resize = v2.Resize(size, interpolation=v2.InterpolationMode(interpolation), antialias=True)
     return v2.Compose([resize, v2.RandomCrop(size, padding=4, padding_mode=padding_mode), v2.RandomHorizontalFlip()])
 
@@ -235,7 +250,7 @@ def _erasing(options: _Erasing) -> Callable[[Tensor], Tensor]:
         pixels = (255 * (mean + std * normal)).round().clamp(0, 255).nan_to_num().to(torch.uint8)
         return torch.where(normal.isnan(), image, pixels)
 
-    return v2.Lambda(change)
+    return transforms().Lambda(change)
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
@@ -260,6 +275,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def center_crop(image: Tensor, size: int, ratio: float = 0.875, interpolation: str = "bilinear") -> Tensor:
     """Resize the shorter side to size / ratio and cut the centre: ImageNet's evaluation."""
+    v2 = transforms()
     mode = v2.InterpolationMode(interpolation)
     resized = v2.functional.resize(image, [resized_side(size, ratio)], interpolation=mode, antialias=True)
     return v2.functional.center_crop(resized, [size, size])

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from scipy import ndimage
 from torch import Tensor
 
 from experiments.randomness import stream
@@ -84,11 +83,15 @@ def _impulse_noise(x: np.ndarray, share: float, draw: np.random.Generator) -> np
 
 
 def _gaussian_blur(x: np.ndarray, deviation: float, draw: np.random.Generator) -> np.ndarray:
+    from scipy import ndimage  # takes a tenth of a second to import
+
     return ndimage.gaussian_filter(x, deviation, mode="nearest", axes=(1, 2))
 
 
 def _motion_blur(x: np.ndarray, deviation: float, draw: np.random.Generator) -> np.ndarray:
     """Gaussian weights along a line whose angle is uniform from -45 to 45 degrees."""
+    from scipy import ndimage
+
     angle, reach = np.deg2rad(draw.uniform(-45, 45)), int(np.ceil(2 * deviation))
     steps = np.arange(-reach, reach + 1)
     weights = np.exp(-0.5 * (steps / deviation) ** 2)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from experiments.data.augment import ONE_BY_ONE, normalise
+from experiments.data.augment import ONE_BY_ONE, normalise, transforms
 from experiments.data.base import Data, Request, Samples
 from experiments.data.corruptions import corrupted
 from experiments.data.decode import Spare, decode, decode_file
@@ -113,6 +113,7 @@ class ImageData(Data):
         """Whole batches on the device, or single images by loader processes."""
         if self.options.in_memory:
             return ImagesInMemory(self, seed, repeats, device)
+        transforms()  # imported before loader processes begin, which so have it
         return ImageSamples(self, seed, repeats, torch.device("cpu"))
 
 

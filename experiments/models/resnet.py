@@ -1,4 +1,4 @@
-"""Residual networks for small images, from torchvision's blocks.
+"""Residual networks for small images.
 
 The CIFAR ResNet-18/34/50/101/152 are torchvision's networks with a 3x3, stride-1 first convolution.
 In the TrAct authors' CIFAR-10 script the 3x3, stride-2 max-pool is kept and convolutions
@@ -10,47 +10,47 @@ from __future__ import annotations
 
 import torch.nn as nn
 from torch import Tensor
-from torchvision.models import resnet as torchvision_resnet
-from torchvision.models.resnet import BasicBlock
 
 
 def resnet18(
     num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
 ) -> nn.Module:
     """ResNet-18 for CIFAR: 11,220,132 parameters with 100 classes."""
-    return _cifar_resnet(torchvision_resnet.resnet18, num_classes, in_channels, maxpool, kaiming)
+    return _cifar_resnet("resnet18", num_classes, in_channels, maxpool, kaiming)
 
 
 def resnet34(
     num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
 ) -> nn.Module:
     """ResNet-34 for CIFAR: 21,328,292 parameters with 100 classes."""
-    return _cifar_resnet(torchvision_resnet.resnet34, num_classes, in_channels, maxpool, kaiming)
+    return _cifar_resnet("resnet34", num_classes, in_channels, maxpool, kaiming)
 
 
 def resnet50(
     num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
 ) -> nn.Module:
     """ResNet-50 for CIFAR: 23,705,252 parameters with 100 classes."""
-    return _cifar_resnet(torchvision_resnet.resnet50, num_classes, in_channels, maxpool, kaiming)
+    return _cifar_resnet("resnet50", num_classes, in_channels, maxpool, kaiming)
 
 
 def resnet101(
     num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
 ) -> nn.Module:
     """ResNet-101 for CIFAR: 42,697,380 parameters with 100 classes."""
-    return _cifar_resnet(torchvision_resnet.resnet101, num_classes, in_channels, maxpool, kaiming)
+    return _cifar_resnet("resnet101", num_classes, in_channels, maxpool, kaiming)
 
 
 def resnet152(
     num_classes: int, in_channels: int = 3, image_size: int = 32, maxpool: bool = False, kaiming: bool = False
 ) -> nn.Module:
     """ResNet-152 for CIFAR: 58,341,028 parameters with 100 classes."""
-    return _cifar_resnet(torchvision_resnet.resnet152, num_classes, in_channels, maxpool, kaiming)
+    return _cifar_resnet("resnet152", num_classes, in_channels, maxpool, kaiming)
 
 
-def _cifar_resnet(constructor, num_classes: int, in_channels: int, maxpool: bool, kaiming: bool) -> nn.Module:
-    network = constructor(num_classes=num_classes)
+def _cifar_resnet(name: str, num_classes: int, in_channels: int, maxpool: bool, kaiming: bool) -> nn.Module:
+    from torchvision.models import resnet  # takes more than a second to import
+
+    network = getattr(resnet, name)(num_classes=num_classes)
     network.conv1 = nn.Conv2d(in_channels, 64, kernel_size=3, padding=1, bias=False)
     if not maxpool:
         network.maxpool = nn.Identity()
@@ -63,6 +63,32 @@ def _cifar_resnet(constructor, num_classes: int, in_channels: int, maxpool: bool
     return network
 
 
+class BasicBlock(nn.Module):
+    """relu(bn(conv(relu(bn(conv(x))))) + shortcut(x)) with 3x3 convolutions, halving the resolution for more channels.
+
+    torchvision's block with the same state-dict keys, without the second that its import takes.
+    """
+
+    def __init__(self, inputs: int, outputs: int):
+        super().__init__()
+        stride, shortcut = 1, None
+        if inputs != outputs:
+            stride = 2
+            shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.conv1 = nn.Conv2d(inputs, outputs, kernel_size=3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(outputs, outputs, kernel_size=3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.downsample = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, inputs, height, width) to (batch, outputs, height / stride, width / stride)."""
+        branch = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        branch += x if self.downsample is None else self.downsample(x)
+        return self.relu(branch)
+
+
 class SmallResNet(nn.Module):
     """Stem, then one basic block per width, each after the first halving the resolution."""
 
@@ -71,15 +97,8 @@ class SmallResNet(nn.Module):
         self.conv1 = nn.Conv2d(in_channels, widths[0], kernel_size=3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(widths[0])
         self.relu = nn.ReLU(inplace=True)
-        self.blocks = nn.Sequential(*(self._block(*pair) for pair in zip([widths[0], *widths], widths, strict=False)))
+        self.blocks = nn.Sequential(*(BasicBlock(*pair) for pair in zip([widths[0], *widths], widths, strict=False)))
         self.fc = nn.Linear(widths[-1], num_classes)
-
-    @staticmethod
-    def _block(inputs: int, outputs: int) -> BasicBlock:
-        if inputs == outputs:
-            return BasicBlock(inputs, outputs)
-        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=2, bias=False), nn.BatchNorm2d(outputs))
-        return BasicBlock(inputs, outputs, stride=2, downsample=shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         """Class scores."""

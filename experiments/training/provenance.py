@@ -14,8 +14,7 @@ import sys
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from experiments.training.torch_settings import Switches
 from runfolder.errors import UserError
@@ -23,6 +22,9 @@ from runfolder.files import write_atomically, write_json
 from runfolder.folder import RunFolder
 from runfolder.place import cpu_name
 from runfolder.records import Attempt
+
+if TYPE_CHECKING:
+    import torch
 
 SNAPSHOT = "snapshot.json"  # in a copy of the code that jobs run from: what it is a copy of
 _ROOT = Path(__file__).parents[2]
@@ -188,6 +190,8 @@ def versions() -> dict[str, str]:
 
 def hardware(device: torch.device) -> dict:
     """The device, the machine's cores, torch's threads and the host."""
+    import torch  # which those who ask about the code alone can do without
+
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "cores": os.cpu_count(),
