@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from scipy import stats
 from torchvision.transforms import v2
 
+from experiments.data import augment
 from experiments.data.augment import (
     IN_BATCHES,
     ONE_BY_ONE,
@@ -71,6 +72,18 @@ def test_normalise_equals_torchvision():
     images, mean, std = _images(5), [0.4914, 0.4822, 0.4465], [0.2023, 0.1994, 0.2010]
     expected = v2.Normalize(mean, std)(v2.functional.to_dtype(images, torch.float32, scale=True))
     torch.testing.assert_close(normalise(images, torch.tensor(mean), torch.tensor(std)), expected)
+
+
+@pytest.mark.parametrize("numbers", [1, 2 * 3 * 8 * 8, 10**9])
+def test_normalising_part_by_part_is_normalising_all(numbers, monkeypatch):
+    images, mean, std = _images(5), torch.tensor([0.4914, 0.4822, 0.4465]), torch.tensor([0.2023, 0.1994, 0.2010])
+    expected = (images.float() / 255 - mean[:, None, None]) / std[:, None, None]
+    monkeypatch.setattr(augment, "_IN_CACHE", numbers)
+    into = torch.full(images.shape, torch.nan)
+    assert normalise(images, mean, std, into) is into
+    assert torch.equal(into, expected)
+    assert torch.equal(normalise(images, mean, std), expected)
+    assert normalise(images[:0], mean, std).shape == (0, *images.shape[1:])
 
 
 @pytest.mark.parametrize("kind", ONE_BY_ONE)

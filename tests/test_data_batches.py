@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from experiments.data.augment import crop_flip, normalise
 from experiments.data.batches import Batches
-from experiments.data.images import ImageData, Split
+from experiments.data.images import ImageData, ImageSamples, Split
 from experiments.data.options import ImageOptions
 from experiments.data.shares import shares
 from experiments.randomness import epoch_draws, epoch_order
@@ -157,6 +158,70 @@ def test_an_epoch_entered_in_the_middle_goes_on_as_the_whole_one(kept):
     whole = list(batches.train(4))
     for first in range(batches.steps_per_epoch + 1):
         _same(batches.train(4, first), whole[first:])
+
+
+class _Noted(ImageSamples):
+    """The same batches; a file has a byte for each one that was made of an epoch."""
+
+    folder: Path
+
+    def __getitem__(self, request):
+        batch = super().__getitem__(request)
+        with open(self.folder / str(request[1]), "ab", buffering=0) as file:
+            file.write(b".")
+        return batch
+
+
+def test_the_next_epoch_is_begun_before_the_last_batch_is_taken(tmp_path):
+    """And no more than two batches a process are made ahead; evaluation between the epochs changes nothing."""
+
+    def made(epoch):
+        path = tmp_path / str(epoch)
+        return path.stat().st_size if path.exists() else 0
+
+    def wait(epoch, count):
+        end = time.monotonic() + 60
+        while made(epoch) < count:
+            assert time.monotonic() < end, f"{made(epoch)} batches of epoch {epoch}, not {count}"
+            time.sleep(0.01)
+
+    data = _data(train=160, in_memory=False)
+    batches, alone = _batches(data, workers=2), _batches(data)
+    batches._samples = _Noted(data, 3, 1, CPU)
+    batches._samples.folder = tmp_path
+    for epoch, first in ((0, 7), (1, 0), (2, 0)):
+        taken = []
+        for number, batch in zip(range(first, 10), batches.train(epoch, first, end=3), strict=True):
+            taken.append(batch)
+            if epoch < 2 and number == 8:
+                wait(epoch + 1, 3)
+        _same(taken, alone.train(epoch, first))
+        if epoch < 2:
+            wait(epoch + 1, 4)
+            _same(batches.test(), alone.test())
+            assert made(epoch + 1) == 4
+    assert (made(0), made(1), made(2), made(3)) == (3, 10, 10, 0)
+    _same(batches.train(3), alone.train(3))  # asked for after all
+    batches.close()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_memory_is_used_again_once_nobody_has_a_batch(workers):
+    """Not even a part of it; and all batches are contiguous, whoever collates them."""
+    batches, alone = _batches(_data(160, in_memory=False), workers=workers), _batches(_data(160))
+    expected = [x.clone() for x, _ in alone.train(0)]
+    held, places = [], []
+    for number, (x, _) in enumerate(batches.train(0)):
+        assert x.is_contiguous()
+        places.append(x.data_ptr())
+        if number < 2:
+            held.append(x[1:])
+    assert len(set(places)) == 4  # two are held, and while one is in use the next is made
+    assert len(set(places[2:]) - set(places[:2])) == 2
+    for part, whole in zip(held, expected, strict=False):
+        assert torch.equal(part, whole[1:])
+    _same(batches.train(1), alone.train(1))
+    batches.close()
 
 
 @pytest.mark.parametrize("kept", [True, False])

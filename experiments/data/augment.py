@@ -36,6 +36,7 @@ IN_BATCHES = ("crop_flip", "none")  # what can be done to whole batches on the d
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 _ERASED = 0.25  # of the images
+_IN_CACHE = 2**20  # floating-point numbers that are changed while a core has them in its cache
 # Of OIALR's authors (Helmholtz-AI-Energy/OIALR @ e9e885d), for ImageNet and CIFAR-10.
 _ERASING = {
     "rand_augment_erase": _Erasing("rand-m15-mstd0.5-inc1", 0.08, *_IMAGENET),
@@ -129,7 +130,8 @@ def resized_crop_flip(image: Tensor, draws: Tensor, size: int, interpolation: st
         (channels, size, size), uint8.
     """
     (top, left, height, width), mirror = random_box(draws, *image.shape[-2:])
-    part = image[..., top : top + height, left : left + width]
+    rows = image.permute(1, 2, 0)[top : top + height, left : left + width]
+    part = rows.contiguous().permute(2, 0, 1)  # the colours of a pixel together: resized in about half the time
     v2 = transforms()
     mode = v2.InterpolationMode(interpolation)
     part = v2.functional.resize(part, [size, size], interpolation=mode, antialias=True)
@@ -286,7 +288,20 @@ def resized_side(size: int, ratio: float = 0.875) -> int:
     return int(size / ratio)  # rounded down, as DeiT and timm do
 
 
-def normalise(images: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(pixel / 255 - mean) / std per channel; uint8 in, floating point out."""
-    floats = images.to(dtype, copy=True)
-    return floats.div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])  # in place: no memory but the result's
+def normalise(images: Tensor, mean: Tensor, std: Tensor, into: Tensor | None = None) -> Tensor:
+    """(pixel / 255 - mean) / std per channel.
+
+    Args:
+        images: (batch, channels, height, width), uint8.
+        mean: (channels,), of pixels from 0 to 1.
+        std: (channels,), likewise.
+        into: the result, of any memory; None: new memory.
+
+    Returns:
+        float32, the same shape.
+    """
+    floats = torch.empty_like(images, dtype=torch.float32) if into is None else into
+    some = len(images) if images.is_cuda else max(1, _IN_CACHE * len(images) // max(1, images.numel()))
+    for part, result in zip(images.split(some or 1), floats.split(some or 1), strict=True):
+        result.copy_(part).div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+    return floats

@@ -10,7 +10,8 @@ import hashlib
 import multiprocessing
 import signal
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -118,23 +119,37 @@ class Batches:
         self.steps_per_epoch = images // batch_size + (last > 0)
         if overfit is not None:
             self.steps_per_epoch = min(self.steps_per_epoch, overfit)
-        self._loader = None
-        self._requests: list[Request] = []
+        self._loaders: dict[str, _Loader] = {}
 
-    def train(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """This rank's share of the batches of an epoch (from 0), starting at batch ``first``."""
-        order = epoch_order(self.seed, 0 if self.overfit else epoch, self._images, self.repeats)
-        if self._trained is not None:
-            order = self._trained[order]
-        parts = [self._share(order, step) for step in range(first, self.steps_per_epoch)]
-        return self._made("train", parts, None if self.overfit else epoch)
+    def train(self, epoch: int, first: int = 0, end: int = 0) -> Iterator[Batch]:
+        """This rank's share of the batches of an epoch (from 0), starting at batch ``first``.
+
+        Loader processes go on with the next epoch while the last batches are taken, up to the epoch before ``end``;
+        what they have made waits until it is asked for, whatever is evaluated meanwhile.
+        """
+        steps = self.steps_per_epoch
+        places = range(epoch * steps + first, max(epoch + 1, end) * steps)
+        return islice(self._ready("train", self._asked(epoch, first, end), places), steps - first)
+
+    def _asked(self, epoch: int, first: int, end: int) -> Iterator[Request]:
+        """For an epoch's batches from ``first`` on, and for those of the following epochs before ``end``."""
+        while True:
+            order = epoch_order(self.seed, 0 if self.overfit else epoch, self._images, self.repeats)
+            if self._trained is not None:
+                order = self._trained[order]
+            parts = (self._share(order, step) for step in range(first, self.steps_per_epoch))
+            for numbers in self._numbers(parts):
+                yield "train", None if self.overfit else epoch, numbers
+            epoch, first = epoch + 1, 0
+            if epoch >= end:
+                return
 
     def test(self, part: str = "test") -> Iterator[Batch]:
         """This rank's share of a part that is evaluated, each image exactly once; as many batches on every rank."""
         numbers = self.evaluated[part]
         mine = numbers[self.ranks.rank :: self.ranks.size]
         rounds = -(-len(numbers) // (self.ranks.size * self.eval_batch_size))
-        return self._made("test" if part == "test" else "train", np.array_split(mine, rounds), None)
+        return self._made("test" if part == "test" else "train", np.array_split(mine, rounds))
 
     def plain(self) -> Iterator[Batch]:
         """Training images without augmentation, in batches as in training of which each is one rank's alone.
@@ -145,14 +160,14 @@ class Batches:
         parts = [numbers[at : at + self.batch_size] for at in range(0, self._images, self.batch_size)]
         parts = [part for part in parts if len(part) == self.batch_size or not self._drop_last]
         parts += [numbers[:0]] * (-len(parts) % self.ranks.size)
-        return self._made("train", parts[self.ranks.rank :: self.ranks.size], None)
+        return self._made("train", parts[self.ranks.rank :: self.ranks.size])
 
     def some(self, count: int) -> Iterator[Any]:
         """So many of the images that are trained on, or all: spread evenly, not augmented, alike on all ranks."""
         numbers = np.arange(len(self.data.train)) if self._trained is None else self._trained
         numbers = numbers[_chosen(len(numbers), min(count, len(numbers)))]
         parts = [numbers[at : at + self.batch_size] for at in range(0, len(numbers), self.batch_size)]
-        return (images for images, _ in self._made("train", parts, None))
+        return (images for images, _ in self._made("train", parts))
 
     def global_count(self, step: int) -> int:
         """Images of batch ``step`` of an epoch over all ranks."""
@@ -168,42 +183,80 @@ class Batches:
 
     def close(self) -> None:
         """End the loader processes; the next batch starts new ones."""
-        self._loader, self._requests = None, []
+        self._loaders = {}
 
-    def _made(self, split: str, parts: list[np.ndarray], epoch: int | None) -> Iterator[Batch]:
-        samples, full = self._samples, [part for part in parts if len(part)]
-        numbers = self._on_device(full) if samples.on_device else [part.tolist() for part in full]
-        requests = [(split, epoch, own) for own in numbers]
-        for batch in map(samples.__getitem__, requests) if samples.on_device else self._loaded(requests):
-            yield samples.ready(batch, self.device)
+    def _made(self, split: str, parts: list[np.ndarray]) -> Iterator[Batch]:
+        """Batches of plain images."""
+        full = [(split, None, numbers) for numbers in self._numbers(part for part in parts if len(part))]
+        yield from self._ready("plain", iter(full), range(0))
         for _ in range(len(parts) - len(full)):
-            yield samples.nothing(self.device)
+            yield self._samples.nothing(self.device)
 
-    def _on_device(self, parts: list[np.ndarray]) -> Sequence[Tensor]:
-        """All parts' samples, brought there at once."""
+    def _numbers(self, parts: Iterable[np.ndarray]) -> Iterable[Tensor | list[int]]:
+        """Each part's numbers as samples take them: brought to the device all at once, or lists."""
+        if not self._samples.on_device:
+            return (part.tolist() for part in parts)
+        parts = list(parts)
         together = np.concatenate([np.empty(0, dtype=np.int64), *parts])
         return uploaded(torch.from_numpy(together), self.device).split([len(part) for part in parts])
 
-    def _loaded(self, requests: list[Request]) -> Iterator[Batch]:
-        """What loader processes make of each request; they stay from epoch to epoch."""
-        if self._loader is None:
-            self._loader = DataLoader(
-                _Answers(self._samples),
-                batch_size=None,
-                sampler=_Latest(self),
-                num_workers=self.workers,
-                persistent_workers=self.workers > 0,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_trainer,
-                generator=torch.Generator().manual_seed(0),
-            )
-        self._requests = requests
-        for batch in self._loader:
-            if self._requests is not requests:
-                raise RuntimeError("expected one pass over loaded batches at a time, got a second one inside it")
+    def _ready(self, purpose: str, requests: Iterator[Request], places: range) -> Iterator[Batch]:
+        samples = self._samples
+        made = map(samples.__getitem__, requests) if samples.on_device else self._loaded(purpose, requests, places)
+        for batch in made:
+            yield samples.ready(batch, self.device)
+
+    def _loaded(self, purpose: str, requests: Iterator[Request], places: range) -> Iterator[Batch]:
+        """What loader processes make of each request; there are processes for training and others for what is plain."""
+        if purpose not in self._loaders:
+            self._loaders[purpose] = _Loader(self._samples, self.workers, self.device.type == "cuda")
+        for batch in self._loaders[purpose].batches(requests, places):
             if isinstance(batch, UserError):
                 self.close()
                 raise batch
+            yield batch
+
+
+class _Loader:
+    """Loader processes, which stay from pass to pass.
+
+    Args:
+        samples: what they make batches of.
+        workers: how many they are; each has two batches in work or waiting.
+        pin: the batches are copied into pinned memory.
+    """
+
+    def __init__(self, samples: Samples, workers: int, pin: bool):
+        self.requests: Iterator[Request] = iter(())
+        self._pass, self._begun = object(), range(0)
+        self._loader = DataLoader(
+            _Answers(samples),
+            batch_size=None,
+            sampler=_Asked(self),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin,
+            worker_init_fn=_leave_signals_to_the_trainer,
+            generator=torch.Generator().manual_seed(0),
+        )
+        self._coming: Iterator[Batch | UserError] = iter(())
+
+    def batches(self, requests: Iterator[Request], places: range) -> Iterator[Batch | UserError]:
+        """The batches that are asked for; some are begun before they are taken.
+
+        Args:
+            requests: what is asked for. Not all of the batches need to be taken.
+            places: numbers of the requests in a sequence that several passes take. A pass that begins where the one
+                before has ended has what was begun for that one, and its requests.
+        """
+        if not self._begun or self._begun.start != places.start:
+            self.requests, self._begun = requests, places
+            self._coming = iter(self._loader)
+        self._pass = mine = object()
+        for batch in self._coming:
+            if self._pass is not mine:
+                raise RuntimeError("expected one pass over loaded batches at a time, got a second one inside it")
+            self._begun = self._begun[1:]
             yield batch
 
 
@@ -225,14 +278,14 @@ class _Answers(Dataset):
             return error
 
 
-class _Latest:
-    """The requests of the latest pass, asked for again at the start of each."""
+class _Asked:
+    """The requests of a loader's latest pass, from where they are."""
 
-    def __init__(self, batches: Batches):
-        self._batches = weakref.ref(batches)
+    def __init__(self, loader: _Loader):
+        self._loader = weakref.ref(loader)
 
     def __iter__(self) -> Iterator[Request]:
-        return iter(self._batches()._requests)
+        return self._loader().requests
 
 
 @atexit.register

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -129,7 +132,7 @@ class ImageSamples(Samples):
 
     def __init__(self, data: ImageData, seed: int, repeats: int, device: torch.device):
         self.data, self.seed, self.repeats, self.device = data, seed, repeats, device
-        self._epoch, self._draws = None, None
+        self._epoch, self._draws, self._memory = None, None, _Memory()
 
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         name, epoch, samples = request
@@ -137,16 +140,19 @@ class ImageSamples(Samples):
         numbers = [sample % len(split) for sample in samples]
         readers = [partial(split.image, number) for number in numbers]
         if epoch is None:
-            images = default_collate([plain(read, options) for read in readers])
+            images = [plain(read, options) for read in readers]
         else:
-            images = default_collate(list(map(self._draws_of(epoch).augmented_one, readers, samples)))
+            images = list(map(self._draws_of(epoch).augmented_one, readers, samples))
+        images = default_collate(images).contiguous()  # as in loader processes, which collate into shared memory
         return _as_tested(images, numbers, options) if name == "test" else images, split.labels[numbers]
 
     def ready(self, batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
         """On the device, its images normalised."""
         images, labels = (part.to(device, non_blocking=True) for part in batch)
-        options = self.data.options
-        return normalise(images, *_on(images.device, tuple(options.mean), tuple(options.std))), labels
+        options, floats = self.data.options, None
+        if images.device.type == "cpu" and images.is_contiguous():
+            floats = self._memory.floats(images.shape)
+        return normalise(images, *_on(images.device, tuple(options.mean), tuple(options.std)), floats), labels
 
     def nothing(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """A batch of no image."""
@@ -160,6 +166,27 @@ class ImageSamples(Samples):
             self._draws = Draws(self.data.options, self.seed, epoch, samples, self.device)
             self._epoch = epoch
         return self._draws
+
+
+class _Memory:
+    """Of batches that nobody has any more: new memory costs a batch three times as long as its arithmetic."""
+
+    def __init__(self):
+        self._free: list[np.ndarray] = []
+
+    def floats(self, shape: Sequence[int]) -> Tensor:
+        """Of any values, contiguous. The memory is free again when no tensor lies in it any more."""
+        count = math.prod(shape)
+        memory = self._free.pop() if self._free else None
+        if memory is None or len(memory) < count:
+            memory = np.empty(count, np.float32)
+        lent = memory[:count]
+        weakref.finalize(lent, self._keep, memory)
+        return torch.from_numpy(lent).view(*shape)
+
+    def _keep(self, memory: np.ndarray) -> None:
+        if len(self._free) < 2:  # while one is trained on the next is made
+            self._free.append(memory)
 
 
 class ImagesInMemory(ImageSamples):

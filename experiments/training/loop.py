@@ -183,7 +183,8 @@ class Trainer:
         last = min(per_epoch, self.total_steps - epoch * per_epoch)
         self.model.train()
         self._speed_clock, self._speed_images, self._speed_steps = time.monotonic(), 0, 0
-        for index, batch in zip(range(first, last), self.batches.train(epoch, first), strict=False):
+        end = math.ceil(self.total_steps / per_epoch)
+        for index, batch in zip(range(first, last), self.batches.train(epoch, first, end), strict=False):
             self.step(batch, self.batches.global_count(index))
             self.after_step(at_end=index == last - 1)
 
