@@ -181,7 +181,6 @@ def _run_here(config: Config, debugger: bool) -> int:
 
 def _all_is_imported() -> None:
     if not gc.isenabled():
-        gc.freeze()
         gc.enable()
 
 
