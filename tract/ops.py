@@ -64,7 +64,8 @@ def factor_op(total: Tensor, rows: Tensor, everywhere: bool, damping: float, lay
 
 @_shape_of(factor_op)
 def _(total, rows, everywhere, damping, layer):
-    return torch.empty_like(total).mT  # LAPACK's order
+    n = total.shape[-1]
+    return total.new_empty_strided(total.shape, (n * n, 1, n))  # LAPACK's order
 
 
 @_operator
