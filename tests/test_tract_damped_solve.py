@@ -92,6 +92,15 @@ def test_dual_form_does_not_multiply_rounding_of_the_gradient(damping, scale):
     assert error(damped_solve(*rounded)[0], exact) > 1e-6
 
 
+@pytest.mark.parametrize(("n", "b"), [(48, 20), (3072, 128), (3072, 1500)])
+def test_dual_form_of_rows_in_float32_is_as_exact_as_its_products(n, b):
+    rows, output_gradient = torch.randn(2, n, b), torch.randn(2, 4, b)
+    product, succeeded = damped_solve_dual(output_gradient, rows, 0.1)
+    assert succeeded
+    assert product.dtype == torch.float32
+    assert 0 < error(product, damped_solve_dual(output_gradient, rows.double(), 0.1)[0]) < 1e-6
+
+
 def test_solution_is_linear_in_the_gradient():
     _, gradient, _, moment = _problem(2, 4, 6, 30)
     product = damped_solve(gradient, moment, 0.1)[0]

@@ -14,6 +14,7 @@ _ROUNDINGS_OF_TRACE = 8 * torch.finfo(torch.float64).eps
 
 _INVERTED = 64  # up to this n one product with the inverse is the fastest on a CPU
 _ROWS = 512
+_SUMMED = 1024  # row elements whose products are added up in float32
 
 
 def effective_damping(damping: float, trace: Tensor) -> Tensor:
@@ -90,19 +91,21 @@ def damped_solve_dual(output_gradient: Tensor, rows: Tensor, damping: float) -> 
 
     Args:
         output_gradient: D, shape (g, m, b).
-        rows: X^T, shape (g, n, b), float64.
+        rows: X^T, shape (g, n, b), float64, or float32: products are then made in float32, of sums
+            of a thousand in float64, and only the b x b factorisation in float64.
         damping: lambda > 0.
 
     Returns:
-        The product, shape (g, m, n), float64, and whether the factorisation succeeded, as
+        The product, shape (g, m, n), in the dtype of the rows, and whether the factorisation succeeded, as
         :func:`damped_solve`.
     """
     b = rows.shape[-1]
-    gram = rows.mT @ rows / b
+    parts = rows.split(_SUMMED, dim=1) if rows.dtype == torch.float32 else (rows,)
+    gram = sum((part.mT @ part).double() for part in parts) / b
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     identity = torch.eye(b, dtype=gram.dtype, device=gram.device)
     factor, info = torch.linalg.cholesky_ex(gram + effective_damping(damping, trace)[:, None, None] * identity)
-    return _right_solve(output_gradient.to(rows.dtype), factor) @ rows.mT, (info == 0).all()
+    return _right_solve(output_gradient.to(gram.dtype), factor).to(rows.dtype) @ rows.mT, (info == 0).all()
 
 
 def damped_solve_rows(gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:

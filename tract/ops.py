@@ -15,6 +15,7 @@ from tract.distributed import global_mean
 from tract.finite import require
 from tract.second_moment import Geometry, output_columns, second_moment_for, unfold
 from tract.side_stream import join
+from tract.whole_float32 import whole_float32
 
 _SECOND_DERIVATIVE = (
     "TrAct has no second derivative: its weight gradient is an update direction, not the "
@@ -93,11 +94,13 @@ def _in_shape(gradient: Tensor, product: Tensor) -> Tensor:
 def damped_solve_dual_op(output_gradient: Tensor, x: Tensor, geometry: list[int], damping: float, layer: str) -> Tensor:
     """D (X X^T / b + lambda I)^-1 X, shape (g, m, n), float64, from an output's gradient D."""
     how = Geometry.of(geometry)
-    rows = unfold(x, how)
+    in_float32 = x.is_cuda and x.dtype != torch.float64  # many GPUs have few float64 units
+    rows = unfold(x, how, torch.float32 if in_float32 else torch.float64)
     require(torch.isfinite(rows.sum()), _non_finite(layer))
-    product, succeeded = damped_solve_dual(output_columns(output_gradient, how), rows, damping)
+    with torch.autocast(x.device.type, enabled=False), whole_float32():
+        product, succeeded = damped_solve_dual(output_columns(output_gradient, how), rows, damping)
     require(succeeded, _not_factorised(layer, damping))
-    return product.contiguous()
+    return product.double().contiguous()
 
 
 @_shape_of(damped_solve_dual_op)

@@ -208,7 +208,8 @@ class ProxPropLayer(Gathering):
                 rows = all_rows_if_few(*known) if geometry.is_long else None
             if rows is not None:
                 return None, self._finite(rows)
-            moment = sum(second_moment(x, geometry) for x, geometry in pairs)
+            products = torch.float32 if pairs[0][0].is_cuda else torch.float64  # many GPUs have few float64 units
+            moment = sum(second_moment(x, geometry, products) for x, geometry in pairs)
         return self._finite(global_sum(moment, self._everywhere)), None
 
     def _finite(self, system: Tensor) -> Tensor:

@@ -217,11 +217,11 @@ def _add_products(total: Tensor, rows: Tensor, size: int) -> None:
             total[:, low:high, :high] += some[:, :, low:high].mT @ some[:, :, :high]
 
 
-def unfold(x: Tensor, geometry: Geometry) -> Tensor:
-    """All rows at once, float64, shape (g, n, b): only for inputs with few rows."""
+def unfold(x: Tensor, geometry: Geometry, dtype: torch.dtype = torch.float64) -> Tensor:
+    """All rows at once, shape (g, n, b): only for inputs with few rows."""
     x = geometry.batched(x.detach())
     out = geometry.output_size(tuple(x.shape[2:]))
-    windows = _windows(_pad(x.to(torch.float64), geometry), geometry, out)
+    windows = _windows(_pad(x.to(dtype), geometry), geometry, out)
     return _with_ones(windows.reshape(geometry.groups, geometry.row_length - geometry.ones, -1).mT, geometry).mT
 
 
