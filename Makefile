@@ -6,12 +6,13 @@ PYTHON ?= python3
 JOBS ?= $(shell env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 2)
 BIN = .venv/bin
 
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test test-slow bench lint format clean
 
 help:
 	@echo "make quickstart  train a small ResNet and ViT on handwritten digits, with and without TrAct"
 	@echo "make test        run the tests (PYTEST_ARGS='-k resume' selects)"
 	@echo "make test-slow   run the slow tests: what can happen to a job, on a real Slurm; large networks"
+	@echo "make bench       measure what TrAct costs, on this machine's CPU (8 minutes)"
 	@echo "make lint        check style"
 	@echo "make format      apply style"
 	@echo "make clean       remove the virtual environment and caches; run folders stay"
@@ -27,6 +28,12 @@ test: .venv/installed-test
 # Mostly waiting for Slurm: more processes than cores.
 test-slow: .venv/installed-test
 	$(BIN)/python -m pytest -m slow -n 6 --dist worksteal $(PYTEST_ARGS)
+
+# Tables in Markdown; cells say which bars hold. With nothing else running.
+bench: .venv/installed-test
+	$(BIN)/python -m pip install --quiet --no-deps torch_tract==1.0.0
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/step.py
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .
