@@ -31,7 +31,6 @@ test-slow: .venv/installed-test
 
 # Tables in Markdown; cells say which bars hold. With nothing else running.
 bench: .venv/installed-test
-	$(BIN)/python -m pip install --quiet --no-deps torch_tract==1.0.0
 	$(BIN)/python benchmarks/layer.py
 	$(BIN)/python benchmarks/step.py
 
