@@ -66,6 +66,25 @@ def compared(case: str, seconds: Mapping[str, list[float]], name: str, against: 
     return Ratio(case, against, medians[name] / medians[against], low, high, bar, len(pairs), medians)
 
 
+def peak_bytes(run: Run, device: torch.device) -> int:
+    """The peak of what torch holds during a run beyond what it held before, in bytes."""
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    now = peak = 0
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
 def verdict(value: float, bar: float | None, digits: int = 2) -> str:
     """A value and whether its bar holds, for a cell of a table."""
     if bar is None:

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from benchmarks.interleaved import Ratio, compared, machine, take_turns, verdict, write
+from benchmarks.interleaved import Ratio, compared, machine, peak_bytes, take_turns, verdict, write
 from tract import TrAct
 from tract.damped_solve import damped_solve
 from tract.second_moment import second_moment, second_moment_for
@@ -148,7 +148,7 @@ def measured(
     ratios = [compared(name, seconds, OURS, PLAIN, case.bar)]
     if theirs is not None:
         ratios.append(compared(name, seconds, OURS, THEIRS, case.bar_theirs))
-    memory = (_peak(runs[OURS], device) - _peak(runs[PLAIN], device)) / 2**20
+    memory = (peak_bytes(runs[OURS], device) - peak_bytes(runs[PLAIN], device)) / 2**20
     return ratios, memory, _errors(layers, x, direction)
 
 
@@ -168,25 +168,6 @@ def _torch_tract(layer: nn.Module) -> nn.Module | None:
     except ImportError:
         return None
     return torch_tract.TrAct(layer, l=LAMBDA).to(layer.weight.device)
-
-
-def _peak(run: Callable[[], None], device: torch.device) -> int:
-    """The peak of what torch holds during a run beyond what it held before, in bytes."""
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = peak = 0
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def _errors(layers: dict[str, nn.Module], x: Tensor, direction: Tensor) -> Errors:

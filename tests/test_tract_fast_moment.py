@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from torch.profiler import ProfilerActivity, profile
 
 import tract.autocorrelation as lags
 import tract.second_moment as code
+from benchmarks.interleaved import peak_bytes
 from benchmarks.layer import MAIN
 from tests import reference
 from tests.tract_layers import error, tract_gradient
@@ -225,16 +225,7 @@ def test_the_factor_solves_for_all_rows_of_the_gradient(n, m):
 
 
 def _peak_mib(run):
-    """What torch allocates at most at one time."""
-    run()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    now = peak = 0
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak / 2**20
+    return peak_bytes(run, torch.device("cpu")) / 2**20
 
 
 def _all_that_is_added(layer, x):
