@@ -165,6 +165,10 @@ def _try_lock(entry: Path, create: bool = False) -> IO[str] | None:
         file = open(path, "a+" if create else "r+")  # noqa: SIM115
     except FileNotFoundError:
         return None
+    except FileExistsError:  # mkdir: there was something, perhaps the folder, and perhaps it has just been removed
+        if os.path.lexists(entry) and not entry.is_dir():
+            raise
+        return None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.path.samestat(os.fstat(file.fileno()), path.stat()):

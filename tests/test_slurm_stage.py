@@ -226,6 +226,19 @@ def test_the_lock_of_a_folder_that_was_just_removed_is_none(tmp_path, monkeypatc
     stage._try_lock(entry).close()
 
 
+def test_a_folder_that_goes_while_it_is_made_is_tried_again_and_a_file_in_its_place_is_an_error(tmp_path, monkeypatch):
+    """pathlib looks again after mkdir has found something, and may find nothing."""
+    entry = tmp_path / "entry"
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.Path, "is_dir", lambda path: [shutil.rmtree(path), False][1])
+        entry.mkdir()
+        assert stage._try_lock(entry, create=True) is None
+    stage._try_lock(entry, create=True).close()
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        stage._try_lock(tmp_path / "file", create=True)
+
+
 def test_coming_and_going_at_the_same_time(source, tmp_path):
     """With keep_hours=0 the copy is made and deleted all the time; who uses it always finds it whole."""
     often = """
