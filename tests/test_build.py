@@ -61,7 +61,8 @@ FLOORS = [
     ["analysis"],
     ["benchmarks"],
 ]
-LIBRARIES = {"runfolder": {"numpy", "yaml"}, "tract": {"torch"}}  # beside Python's own
+# beside Python's own; triton comes with torch for CUDA
+LIBRARIES = {"runfolder": {"numpy", "yaml"}, "tract": {"torch", "triton"}}
 ALONE = {"tract": set(), "analysis": {"runfolder"}}  # what of the project they import, whatever their floor
 
 

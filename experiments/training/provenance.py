@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from experiments.training.torch_settings import Switches
 from runfolder.errors import UserError
 from runfolder.files import write_atomically, write_json
 from runfolder.folder import RunFolder
@@ -119,6 +118,8 @@ def record_attempt(folder: RunFolder, device: torch.device, ranks: int, step: in
     Returns:
         How many attempts there were, with this one.
     """
+    from experiments.training.torch_settings import Switches  # and torch
+
     attempts = _earlier_attempts(folder.provenance)
     code = code_of(_ROOT)
     patch = None
