@@ -4,6 +4,7 @@ Each wraps one pure function. As custom operators they compile without graph bre
 loop over buffers and talk to other ranks, and can state that they have no derivative.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -138,7 +139,15 @@ def _not_factorised(layer: str, damping: float) -> str:
     )
 
 
-class PreconditionWeight(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    """An autograd function whose ``forward`` knows its signature; ``apply`` else finds it out in each call (30 us)."""
+
+    def __init_subclass__(cls) -> None:
+        cls.forward.__signature__ = inspect.signature(cls.forward)
+        super().__init_subclass__()
+
+
+class PreconditionWeight(_Function):
     """Identity on the weight going forward; G |-> G (A + lambda I)^-1 going back."""
 
     @staticmethod
@@ -160,7 +169,7 @@ class PreconditionWeight(torch.autograd.Function):
         return first_derivative(solve_op(gradient.detach(), factor)), None, None
 
 
-class PreconditionByRows(torch.autograd.Function):
+class PreconditionByRows(_Function):
     """The same from the rows (g, n, b) of all ranks, for b < n."""
 
     @staticmethod
@@ -182,7 +191,7 @@ class PreconditionByRows(torch.autograd.Function):
         return first_derivative(product), None, None, None
 
 
-class GradientApart(torch.autograd.Function):
+class GradientApart(_Function):
     """Identity on the weight; its gradient goes to ``apart``, and a zero to the weight.
 
     So that the weight takes part in the backward pass, as DistributedDataParallel expects.
@@ -203,7 +212,7 @@ class GradientApart(torch.autograd.Function):
         return gradient.new_zeros(()).expand(gradient.shape), first_derivative(gradient)
 
 
-class _EndOfDifferentiation(torch.autograd.Function):
+class _EndOfDifferentiation(_Function):
     """Identity that cannot be differentiated; ``anchor`` requires a gradient, so that it is always asked."""
 
     @staticmethod
@@ -226,7 +235,7 @@ def first_derivative(gradient: Tensor) -> Tensor:
     return _EndOfDifferentiation.apply(gradient, torch.zeros((), requires_grad=True))
 
 
-class FirstDerivativeOnly(torch.autograd.Function):
+class FirstDerivativeOnly(_Function):
     """Identity on an output whose gradient cannot be differentiated again."""
 
     @staticmethod
@@ -245,7 +254,7 @@ class FirstDerivativeOnly(torch.autograd.Function):
         return first_derivative(gradient)
 
 
-class PreconditionDual(torch.autograd.Function):
+class PreconditionDual(_Function):
     """The output going forward; the TrAct weight gradient from the output's gradient going back.
 
     For an input with fewer rows than row elements. ``output`` must not depend on the weight
