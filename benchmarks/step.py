@@ -4,9 +4,9 @@ python benchmarks/step.py
 python benchmarks/step.py --steps 40 --settings cifar_vit
 
 Steps with and without TrAct take turns in one process, as `experiments/runtime.py` makes them: augmentation, forward,
-backward, optimizer. A step takes seconds on a CPU and its time varies by more than the bars, so the cost of the layer
-alone, which varies less, stands beside it: what TrAct adds to the first layer's forward and backward pass, divided by
-the step without it.
+backward, optimizer; in float32 on a CPU, else in the recipe's precision. A step takes seconds on a CPU and its time
+varies by more than the bars, so the cost of the layer alone, which varies less, stands beside it: what TrAct adds to the
+first layer's forward and backward pass, divided by the step without it.
 """
 
 import sys
@@ -28,8 +28,8 @@ from experiments.runtime import SETTINGS, Sizes, measure
 STEPS = {
     "cifar_resnet": (128, "CIFAR stem", 1.0, 1.01, 1.01),
     "cifar_vit": (128, "ViT tokens", 1.0, 1.015, 1.02),
-    "imagenet_resnet50": (32, "ImageNet stem", 0.5, 1.005, 1.007),
-    "deit_small": (32, "DeiT-S embedding", 0.5, 1.005, 1.008),
+    "imagenet_resnet50": (16, "ImageNet stem", 0.5, 1.005, 1.007),
+    "deit_small": (16, "DeiT-S embedding", 0.5, 1.005, 1.008),
     "deit_base": (32, "DeiT-B embedding", 0.5, None, 1.003),
 }
 BY_DEFAULT = [name for name, (*_, cpu, _) in STEPS.items() if cpu is not None]
@@ -58,6 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
         batch, layer, share, *bars = STEPS[name]
         size = options.batch_size or (SETTINGS[name].changes.get("batch_size") if on_gpu else batch)
         given = {"runtime.device": options.device} | ({"batch_size": size} if size else {})
+        if not on_gpu:
+            given["precision"] = "fp32"  # half precision takes many times as long on most CPUs
         steps = max(2, round(options.steps * share))
         timing, config = measure(SETTINGS[name], given, Sizes(blocks=steps, steps=1, warmup=1, batches=2))
         gc.collect()
