@@ -5,8 +5,8 @@ python benchmarks/step.py --steps 40 --settings cifar_vit
 
 Steps with and without TrAct take turns in one process, as `experiments/runtime.py` makes them: augmentation, forward,
 backward, optimizer; in float32 on a CPU, else in the recipe's precision. A step takes seconds on a CPU and its time
-varies by more than the bars, so the cost of the layer alone, which varies less, stands beside it: what TrAct adds to the
-first layer's forward and backward pass, divided by the step without it.
+varies by more than the bars, so the cost of the layer alone, which varies less, stands beside it: what TrAct adds to
+the first layer's forward and backward pass, divided by the step without it.
 """
 
 import sys
