@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart  train a small ResNet and ViT on handwritten digits, with and without TrAct"
 	@echo "make test        run the tests (PYTEST_ARGS='-k resume' selects)"
 	@echo "make test-slow   run the slow tests: what can happen to a job, on a real Slurm; large networks"
-	@echo "make bench       measure what TrAct costs, on this machine's CPU (8 minutes)"
+	@echo "make bench       measure what TrAct costs on the CPU of this machine (6 minutes)"
 	@echo "make lint        check style"
 	@echo "make format      apply style"
 	@echo "make clean       remove the virtual environment and caches; run folders stay"
