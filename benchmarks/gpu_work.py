@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from experiments.config import compose_config
-from experiments.runtime import METHODS, SETTINGS, Sizes, _synthetic, _trainer, _wait, measure
+from experiments.runtime import METHODS, SETTINGS, Sizes, _synthetic, _wait, measure, trainer_of
 from experiments.training.loop import Trainer
 from experiments.training.provenance import hardware, versions
 from experiments.training.torch_settings import torch_settings
@@ -132,7 +132,7 @@ def _trainer_on(device: str, setting: str, overrides: dict, images: int | None =
     config = compose_config(of.experiment, of.changes | {"runtime.device": device} | overrides)
     batches = _BATCHES if images is None else images // config.batch_size
     with torch_settings(config):
-        return _trainer(of, config, batches, torch.device(device))
+        return trainer_of(of, config, batches, torch.device(device))
 
 
 def _train(trainer: Trainer, end: int) -> None:

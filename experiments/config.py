@@ -99,7 +99,7 @@ class Runtime:
     workers: int = 2  # loader processes, where images are not kept in memory
     threads: int | None = None  # CPU threads per process; None leaves torch's choice
     deterministic: bool = True  # deterministic kernels: the same bytes after any interruption
-    checkpoint_seconds: float = 300.0  # seconds between checkpoints
+    checkpoint_seconds: float | None = None  # between checkpoints; None: 300, or 100 times what the last one took
     checkpoint_steps: int | None = None  # and after every so many steps
     keep_checkpoints: int = 2
     log_every: int = 50  # steps between points of train/*
@@ -524,7 +524,7 @@ def validate(config: Config) -> None:
     runtime = config.runtime
     _require(runtime.workers >= 0, "runtime.workers", "0 or more", runtime.workers)
     seconds = runtime.checkpoint_seconds
-    _require(seconds >= 0, "runtime.checkpoint_seconds", "0 or more", seconds)
+    _require(seconds is None or seconds >= 0, "runtime.checkpoint_seconds", "0 or more, or null", seconds)
     _require(runtime.keep_checkpoints >= 1, "runtime.keep_checkpoints", "at least 1", runtime.keep_checkpoints)
     _require(runtime.log_every >= 1, "runtime.log_every", "at least 1", runtime.log_every)
     for key in ("heartbeat_seconds", "gpu_seconds_per_epoch"):

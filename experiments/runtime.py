@@ -127,7 +127,7 @@ def measure(setting: Setting, overrides: dict[str, object], sizes: Sizes) -> tup
     ]
     device = choose_device(plain.runtime.device)
     with torch_settings(plain):
-        streams = [_steps(_trainer(setting, config, sizes.batches, device)) for config in configs]
+        streams = [_steps(trainer_of(setting, config, sizes.batches, device)) for config in configs]
         for stream in streams:
             _seconds(stream, sizes.warmup, device)
         rounds = [[_seconds(s, sizes.steps, device) / sizes.steps for s in streams] for _ in range(sizes.blocks)]
@@ -158,7 +158,7 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _trainer(setting: Setting, config: Config, batches: int, device: torch.device) -> Trainer:
+def trainer_of(setting: Setting, config: Config, batches: int, device: torch.device) -> Trainer:
     """As a run makes it, but with synthetic images and no record."""
     data = _synthetic(setting, config, batches * config.batch_size)
     return build_trainer(config, data, Ranks(), device, StopRequest(None), RunLog(), lambda step, state: None)

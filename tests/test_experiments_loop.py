@@ -5,6 +5,7 @@ import math
 import re
 from contextlib import contextmanager
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,32 @@ def test_peak_memory_is_that_of_the_runs_own_training(tmp_path, monkeypatch):
     monkeypatch.setattr("experiments.training.loop._peak_mib", lambda device: peak[0])
     config, _, _ = _train(tmp_path, epochs=3)
     assert _scalars(config)["memory/peak_mib"] == [(1, 12.0), (2, 24.0), (3, 36.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "takes", "between"),
+    [(None, 0.5, 300), (None, 3.0, 300), (None, 9.0, 900), (120.0, 9.0, 120), (0.0, 9.0, 60)],
+)
+def test_checkpoints_take_a_hundredth_of_the_time_unless_told_otherwise(given, takes, between, tmp_path, monkeypatch):
+    """By a clock on which a step takes a minute."""
+    now, begun, step, save = [0.0], [], Trainer.step, checkpoint.Keeper.save
+
+    def stepped(trainer, *arguments):
+        now[0] += 60
+        return step(trainer, *arguments)
+
+    def saved(keeper, *arguments):
+        begun.append(now[0])
+        now[0] += takes
+        return save(keeper, *arguments)
+
+    monkeypatch.setattr("experiments.training.loop.time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "step", stepped)
+    monkeypatch.setattr(checkpoint.Keeper, "save", saved)
+    run(tiny_config(tmp_path, epochs=12, runtime__checkpoint_seconds=given))
+    waits = [later - earlier - takes for earlier, later in zip(begun[1:-1], begun[2:-1], strict=False)]
+    assert waits
+    assert set(waits) == {between}
 
 
 def test_training_accuracy_and_loss_are_means_over_the_window(tmp_path):

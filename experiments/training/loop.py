@@ -39,6 +39,7 @@ from runfolder.errors import SupersededError, TrainingFailedError
 from tract.methods.base import Measure, Method, Occasion
 
 _SECONDS_BETWEEN_LINES = 30.0  # of progress, where there is no bar
+SECONDS_BETWEEN_SAVES, SHARE_OF_SAVES = 300.0, 0.01  # at least so long, and at most so much of the time for saving
 
 
 @dataclass
@@ -99,6 +100,7 @@ class Trainer:
         self._bar = tqdm(disable=True)
         self._clock = self._last_save = self._last_said = self._speed_clock = time.monotonic()
         self._speed_images = self._speed_steps = 0
+        self._save_took = 0.0
         self._graph = None
         if config.compile == GRAPH:
             self._graph = step_graph(config, task, method, optimizer, ranks, self.device)
@@ -262,7 +264,11 @@ class Trainer:
         if at_end or progress.step % runtime.log_every == 0:
             self._log_window()
         is_due = bool(runtime.checkpoint_steps) and progress.step % runtime.checkpoint_steps == 0
-        self._heed(is_due or time.monotonic() - self._last_save >= runtime.checkpoint_seconds)
+        self._heed(is_due or time.monotonic() - self._last_save >= self._seconds_between_saves())
+
+    def _seconds_between_saves(self) -> float:
+        given = self.config.runtime.checkpoint_seconds
+        return max(SECONDS_BETWEEN_SAVES, self._save_took / SHARE_OF_SAVES) if given is None else given
 
     def _heed(self, save_is_due: bool = False) -> None:
         """Do at a safe point what any rank is told to do; only the first rank's clock counts for saving."""
@@ -326,7 +332,8 @@ class Trainer:
         state = self.state()
         self.ranks.agree(lambda: self._save(self.progress.step, state))
         self._last_save = time.monotonic()
-        self.stop.saved(self._last_save - began)
+        self._save_took = self._last_save - began
+        self.stop.saved(self._save_took)
 
     def _count_seconds(self, training: bool = True) -> None:
         now = time.monotonic()

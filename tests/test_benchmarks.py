@@ -1,11 +1,11 @@
-"""The benchmarks of layers and steps run, and say of every bar whether it holds."""
+"""The benchmarks of layers, steps and checkpoints run, and say of every bar whether it holds."""
 
 import json
 
 import pytest
 import torch
 
-from benchmarks import layer, step
+from benchmarks import checkpoints, layer, step
 from benchmarks.interleaved import compared, peak_bytes, take_turns
 
 
@@ -53,3 +53,10 @@ def test_contenders_take_turns_in_alternating_order_after_one_uncounted_turn(tur
     seconds = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, turns, torch.device("cpu"))
     assert "".join(order) == "abbaabbaab"[: 2 * (turns + 1)]
     assert {name: len(each) for name, each in seconds.items()} == {"a": turns, "b": turns}
+
+
+def test_the_checkpoint_benchmark_writes_what_a_run_writes(tmp_path, capsys):
+    assert checkpoints.main(["--settings", "quickstart", "--repeat", "1", "--folder", str(tmp_path)]) == 0
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| quickstart")]
+    assert row.split("|")[-2].strip().endswith("%")
+    assert not list(tmp_path.iterdir())
