@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from experiments.config import CONF, compose_config
 from experiments.grid import load_grid
-from experiments.runtime import Setting, _trainer
+from experiments.runtime import Setting, trainer_of
 from experiments.training.run import run
 from experiments.training.torch_settings import torch_settings
 from tests import test_tasks_detection as detection
@@ -65,7 +65,7 @@ def _two_steps(setting, **changes):
     """Two steps of a recipe on the meta device: what was noted in the second."""
     config = compose_config(setting.experiment, setting.changes | SMALL | changes)
     with torch_settings(config):
-        trainer = _trainer(setting, config, 2, META)
+        trainer = trainer_of(setting, config, 2, META)
         trainer.model.train()
         for index, batch in enumerate(trainer.batches.train(0)):
             watched = _Watched()
