@@ -67,16 +67,22 @@ def crop_flip(images: Tensor, draws: Tensor, padding: int, flip: bool) -> Tensor
     Returns:
         uint8, the same shape.
     """
-    batch, _, height, width = images.shape
+    batch, channels, height, width = images.shape
     offsets = (draws[:, :2] * (2 * padding + 1)).long()
-    rows = offsets[:, :1] + torch.arange(height, device=images.device)
-    columns = torch.arange(width, device=images.device).expand(batch, -1)
-    if flip:
-        columns = torch.where(draws[:, 2:3] < 0.5, columns.flip(1), columns)
-    columns = columns + offsets[:, 1:2]
-    padded = F.pad(images, [padding] * 4)
-    index = torch.arange(batch, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    padded = F.pad(images, [padding] * 4).permute(0, 2, 3, 1)
+    straight, mirrored = _places(height, width, width + 2 * padding, images.device)
+    places = torch.where(draws[:, 2:3] < 0.5, mirrored, straight) if flip else straight
+    places = places + torch.add(offsets[:, 1:2], offsets[:, :1], alpha=width + 2 * padding)
+    found = padded.flatten(1, 2).gather(1, places[:, :, None].expand(-1, -1, channels))
+    return found.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+@cache
+def _places(height: int, width: int, stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Of an image's pixels in rows of ``stride`` numbers, and of its mirror image's: (height * width,) each."""
+    rows = torch.arange(0, height * stride, stride, device=device)[:, None]
+    columns = torch.arange(width, device=device)
+    return (rows + columns).flatten(), (rows + columns.flip(0)).flatten()
 
 
 def turns(draws: Tensor, degrees: float) -> Tensor:
@@ -303,5 +309,5 @@ def normalise(images: Tensor, mean: Tensor, std: Tensor, into: Tensor | None = N
     floats = torch.empty_like(images, dtype=torch.float32) if into is None else into
     some = len(images) if images.is_cuda else max(1, _IN_CACHE * len(images) // max(1, images.numel()))
     for part, result in zip(images.split(some or 1), floats.split(some or 1), strict=True):
-        result.copy_(part).div_(255).sub_(mean[:, None, None]).div_(std[:, None, None])
+        torch.div(part, 255, out=result).sub_(mean[:, None, None]).div_(std[:, None, None])
     return floats

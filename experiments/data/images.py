@@ -203,7 +203,7 @@ class ImagesInMemory(ImageSamples):
     def __getitem__(self, request: Request) -> tuple[Tensor, Tensor]:
         name, epoch, samples = request
         images, labels = self._kept[name]
-        index = samples % len(images)
+        index = samples % len(images) if self.repeats > 1 else samples
         batch = images[index]
         return batch if epoch is None else self._draws_of(epoch).augmented(batch, samples), labels[index]
 

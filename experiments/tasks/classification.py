@@ -42,10 +42,10 @@ class Classification(Task):
         images, targets = batch
         scores = forward(images).float()
         classes = targets if targets.ndim == 1 else targets.argmax(1)
-        hits = (scores.detach().argmax(1) == classes).sum()
+        hits = (100.0 * (scores.detach().argmax(1) == classes)).sum(0, keepdim=True)
         if self.config.loss is Loss.bce:
-            return binary_cross_entropy(scores, targets), 100.0 * hits[None]
-        return cross_entropy(scores, targets, self.config.label_smoothing), 100.0 * hits[None]
+            return binary_cross_entropy(scores, targets), hits
+        return cross_entropy(scores, targets, self.config.label_smoothing), hits
 
     def evaluate(
         self, predictor: Forward, batches: Iterable[Batch], images: int, ranks: Ranks, between: Callable[[], None]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -254,7 +254,7 @@ class Trainer:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
     def _note(self, total: Tensor, measures: Tensor, images: int) -> None:
-        self._window += torch.cat([total[None], measures, torch.full_like(total, images)[None]])
+        self._window += torch.cat([total[None], measures, _number(images, total.device)])
 
     def after_step(self, at_end: bool) -> None:
         """What follows each step: count it, log (always ``at_end`` of an epoch), save, heed requests to stop."""
@@ -481,6 +481,11 @@ def _keeping(predictor: Callable[[Any], Any], kept: list[Tensor]) -> Callable[[A
         return scores
 
     return predict
+
+
+@cache
+def _number(value: int, device: torch.device) -> Tensor:
+    return torch.full((1,), float(value), device=device)
 
 
 def _forget_peak(device: torch.device) -> None:
