@@ -54,24 +54,26 @@ def damped_solve(gradient: Tensor, moment: Tensor, damping: float) -> tuple[Tens
         tensor([[[0.2500, 0.0000],
                  [0.0000, 0.2500]]], dtype=torch.float64)
     """
-    factor, succeeded = damped_factor(moment.clone(), damping)
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)
+    factor, succeeded = damped_factor(moment.clone(), damping, trace)
     return solve_by(gradient, factor), succeeded
 
 
-def damped_factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+def damped_factor(moment: Tensor, damping: float, trace: Tensor) -> tuple[Tensor, Tensor]:
     """The lower Cholesky factor L of A + lambda' I = L L^T, for a positive semi-definite A; see :func:`damped_solve`.
 
     Args:
         moment: A, shape (g, n, n), float64; lambda' is added in place.
         damping: lambda > 0.
+        trace: tr A, shape (g,).
 
     Returns:
         L, shape (g, n, n), and a boolean tensor (no host synchronisation) that tells whether there is one.
     """
     diagonal = moment.diagonal(dim1=-2, dim2=-1)
-    diagonal += effective_damping(damping, diagonal.sum(-1))[:, None]
+    diagonal += effective_damping(damping, trace)[:, None]
     factor, info = torch.linalg.cholesky_ex(moment)
-    return factor, (info == 0).all()
+    return factor, info[0] == 0 if len(info) == 1 else (info == 0).all()
 
 
 def solve_by(gradient: Tensor, factor: Tensor) -> Tensor:
@@ -79,7 +81,8 @@ def solve_by(gradient: Tensor, factor: Tensor) -> Tensor:
     if gradient.device.type == "cpu" and factor.shape[-1] <= _INVERTED:
         return gradient.to(factor.dtype) @ torch.cholesky_inverse(factor)
     solve = _right_solve if gradient.is_cuda else _right_solve_at_once
-    return torch.cat([solve(some.to(factor.dtype), factor) for some in gradient.split(_ROWS, dim=1)], dim=1)
+    parts = [solve(some.to(factor.dtype), factor) for some in gradient.split(_ROWS, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 def damped_solve_dual(output_gradient: Tensor, rows: Tensor, damping: float) -> tuple[Tensor, Tensor]:

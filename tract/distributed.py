@@ -20,7 +20,7 @@ def global_mean(total: Tensor, rows: Tensor, everywhere: bool) -> Tensor:
 
     Args:
         total: X^T X of this rank, shape (g, n, n), float64.
-        rows: b of this rank, a float64 tensor of shape (1,).
+        rows: b of this rank, a float64 tensor of shape (1,); 1 for none, where there is no other rank.
         everywhere: False keeps to this rank.
 
     Returns:
@@ -28,8 +28,8 @@ def global_mean(total: Tensor, rows: Tensor, everywhere: bool) -> Tensor:
     """
     if everywhere and world_size() > 1:
         packed = global_sum(torch.cat([total.reshape(-1), rows]), everywhere)
-        total, rows = packed[:-1].view_as(total), packed[-1:]
-    return total / rows.clamp(min=1)
+        total, rows = packed[:-1].view_as(total), packed[-1:].clamp(min=1)
+    return total / rows
 
 
 def global_sum(total: Tensor, everywhere: bool) -> Tensor:

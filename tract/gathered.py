@@ -143,7 +143,8 @@ class Gathered:
             product = damped_solve_rows_op(plain, rows, self._damping, layer)
         else:
             self._sum_up()
-            factor = factor_op(self._total, self._rows, self._everywhere, self._damping, layer)
+            rows = self._rows if self._everywhere else self._rows.clamp(min=1)
+            factor = factor_op(self._total, rows, self._everywhere, self._damping, layer)
             product = solve_op(plain, factor)
         if world_size() > 1:
             product = mean_over_ranks(product)

@@ -128,6 +128,7 @@ class TrActLayer(Gathering):
             if few is not None:
                 return PreconditionByRows.apply(weight, few, self.lambda_, self.label)
         total = second_moment_op(x.detach(), geometry.numbers(), self.lambda_)
+        rows = rows if self._everywhere else max(rows, 1)
         aside = side_stream.is_allowed()
         with side_stream.beside(total, aside):
             factor = factor_op(total, total.new_full((1,), rows), self._everywhere, self.lambda_, self.label)

@@ -58,8 +58,9 @@ def _(x, geometry, damping):
 def factor_op(total: Tensor, rows: Tensor, everywhere: bool, damping: float, layer: str) -> Tensor:
     """The lower Cholesky factor of A + lambda I, A = X^T X / b over this rank or over all; finite or an error."""
     mean = global_mean(total, rows, everywhere)
-    require(torch.isfinite(mean.diagonal(dim1=-2, dim2=-1).sum()), _non_finite(layer))
-    factor, succeeded = damped_factor(mean, damping)
+    trace = mean.diagonal(dim1=-2, dim2=-1).sum(-1)
+    _require_finite(trace if len(trace) == 1 else trace.sum(0, keepdim=True), layer)
+    factor, succeeded = damped_factor(mean, damping, trace)
     require(succeeded, _not_factorised(layer, damping))
     return factor
 
@@ -88,7 +89,9 @@ def _as_matrices(gradient: Tensor, by: Tensor) -> Tensor:
 
 
 def _in_shape(gradient: Tensor, product: Tensor) -> Tensor:
-    return product.to(gradient.dtype).reshape(gradient.shape).contiguous()
+    result = gradient.new_empty(gradient.shape)
+    result.view(product.shape).copy_(product)
+    return result
 
 
 @_operator
@@ -97,7 +100,7 @@ def damped_solve_dual_op(output_gradient: Tensor, x: Tensor, geometry: list[int]
     how = Geometry.of(geometry)
     in_float32 = x.is_cuda and x.dtype != torch.float64  # many GPUs have few float64 units
     rows = unfold(x, how, torch.float32 if in_float32 else torch.float64)
-    require(torch.isfinite(rows.sum()), _non_finite(layer))
+    _require_finite(rows.sum()[None], layer)
     with torch.autocast(x.device.type, enabled=False), whole_float32():
         product, succeeded = damped_solve_dual(output_columns(output_gradient, how), rows, damping)
     require(succeeded, _not_factorised(layer, damping))
@@ -114,7 +117,7 @@ def _(output_gradient, x, geometry, damping, layer):
 @_operator
 def damped_solve_rows_op(gradient: Tensor, rows: Tensor, damping: float, layer: str) -> Tensor:
     """G (X^T X / b + lambda I)^-1 in the shape and dtype of G, from rows (g, n, b), float64."""
-    require(torch.isfinite(rows.sum()), _non_finite(layer))
+    _require_finite(rows.sum()[None], layer)
     product, succeeded = damped_solve_rows(_as_matrices(gradient, rows), rows, damping)
     require(succeeded, _not_factorised(layer, damping))
     return _in_shape(gradient, product)
@@ -123,6 +126,11 @@ def damped_solve_rows_op(gradient: Tensor, rows: Tensor, damping: float, layer: 
 @_shape_of(damped_solve_rows_op)
 def _(gradient, rows, damping, layer):
     return gradient.new_empty(gradient.shape)
+
+
+def _require_finite(total: Tensor, layer: str) -> None:
+    """Of a sum, shape (1,), that is finite if what was added is (two kernels; isfinite has four)."""
+    require((total - total)[0] == 0, _non_finite(layer))
 
 
 def _non_finite(layer: str) -> str:

@@ -194,27 +194,34 @@ def _is_flat(x: Tensor) -> bool:
 
 def _from_rows(x: Tensor, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     n = geometry.row_length
-    total = x.new_zeros((geometry.groups, n, n), dtype=torch.float64)
+    total = None
     size = n if n <= _UNCUT else _TILE
     for rows in _row_blocks(x, geometry, dtype):
-        _add_products(total, rows, size)
+        total = _with_products(total, rows, size)
     for low in range(size, n, size):
         total[:, :low, low : low + size] = total[:, low : low + size, :low].mT
     return total
 
 
-def _add_products(total: Tensor, rows: Tensor, size: int) -> None:
-    """Add the lower tiles of rows^T rows, for rows (g, b, n): sums of at most a thousand rows, added up in float64."""
+def _with_products(total: Tensor | None, rows: Tensor, size: int) -> Tensor:
+    """The total (None is zero), changed in place, and the lower tiles of rows^T rows, for rows (g, b, n).
+
+    Sums of at most a thousand rows are added up in float64.
+    """
     count, n = rows.shape[1:]
     whole = count // _SUMMED_ROWS * _SUMMED_ROWS
     if n <= size and len(rows) == 1 and whole:  # all sums at once
         sums = rows[0, :whole].unflatten(0, (-1, _SUMMED_ROWS))
-        total += (sums.mT @ sums).sum(0, dtype=total.dtype)
+        products = (sums.mT @ sums).sum(0, keepdim=True, dtype=torch.float64)
+        total = products if total is None else total.add_(products)
         rows = rows[:, whole:]
+    if total is None:
+        total = rows.new_zeros((len(rows), n, n), dtype=torch.float64)
     for some in rows.split(_SUMMED_ROWS, dim=1) if rows.shape[1] else ():
         for low in range(0, n, size):
             high = min(low + size, n)
             total[:, low:high, :high] += some[:, :, low:high].mT @ some[:, :, :high]
+    return total
 
 
 def unfold(x: Tensor, geometry: Geometry, dtype: torch.dtype = torch.float64) -> Tensor:
